@@ -1,0 +1,42 @@
+# The commands people type. Everything runs in .venv, which `make setup` makes from the pinned requirements.
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+CONFIG ?= examples/autoawq_demo.yaml
+
+.PHONY: setup setup-dev demo app test lint bench clean
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt constraints.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(RUN) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	@touch $@
+
+demo: setup
+	$(RUN) -m backend run $(CONFIG) --unique
+
+app: setup
+	$(RUN) app.py
+
+test: setup-dev
+	$(RUN) -m pytest
+
+lint: setup-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy backend
+
+bench: setup-dev
+	$(RUN) -m benchmarks.decode
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Quantdeck's engine room: everything that is not a page."""

@@ -1,0 +1,245 @@
+"""Reading and writing job files without losing anything.
+
+A `Document` keeps the text it was read from. As long as nothing is changed, `dump()` gives that very text
+back; a changed value is set in the ruamel.yaml tree, which keeps comments, key order, quotes and keys that
+Quantdeck does not know.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from backend.errors import ConfigError, ConfigErrors
+from backend.schema.autoawq import AutoAWQSettings
+from backend.schema.errors import config_errors
+from backend.schema.job import JobConfig
+from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
+MAX_NODES = 50_000
+
+ALGORITHMS: dict[str, type[BaseModel]] = {"AutoAWQ": AutoAWQSettings}
+SECTIONS: dict[str, type[BaseModel]] = {
+    "CALIBRATION": CalibrationSettings,
+    "EVALUATION": EvaluationSettings,
+    "BENCHMARK": BenchmarkSettings,
+}
+
+
+class _GuideStyle(RoundTripRepresenter):
+    """Writes booleans and empty values the way the guides do: `True` and nothing at all."""
+
+
+_GuideStyle.add_representer(bool, lambda rep, v: rep.represent_scalar("tag:yaml.org,2002:bool", str(v)))
+_GuideStyle.add_representer(type(None), lambda rep, _: rep.represent_scalar("tag:yaml.org,2002:null", ""))
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="rt", pure=True)
+    yaml.Representer = _GuideStyle
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # long FORMAT_STRINGs stay on their line
+    return yaml
+
+
+def _plain(node: Any, path: str = "", depth: int = 0, budget: list[int] | None = None) -> Any:
+    """A ruamel tree as plain dicts, lists and scalars, with limits against hostile files.
+
+    Aliases are expanded while being counted, so nested aliases cannot blow up memory.
+    """
+    budget = [MAX_NODES] if budget is None else budget
+    budget[0] -= 1
+    if budget[0] < 0 or depth > MAX_DEPTH:
+        raise ConfigError(
+            f"the file has more than {MAX_NODES} values or is nested deeper than {MAX_DEPTH} levels", key=path
+        )
+    tag = getattr(node, "tag", None)
+    if tag is not None and tag.value is not None:
+        raise ConfigError(f"found a value tagged {tag.value}; only plain YAML is read", key=path)
+    if isinstance(node, Mapping):
+        return {str(k): _plain(v, f"{path}.{k}".lstrip("."), depth + 1, budget) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_plain(v, f"{path}[{i}]", depth + 1, budget) for i, v in enumerate(node)]
+    if isinstance(node, bool) or node is None:
+        return node
+    if isinstance(node, int):
+        return int(node)
+    if isinstance(node, float):
+        if not math.isfinite(node):
+            raise ConfigError(f"found {node}; it must be a finite number", key=path, value=float(node))
+        return float(node)
+    if isinstance(node, str):
+        return str(node)
+    raise ConfigError(f"found a value of kind {type(node).__name__}; only plain YAML is read", key=path)
+
+
+def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
+    """Warnings for keys that are kept but have no effect, with the key that was probably meant."""
+    places: list[tuple[str, Any, list[str]]] = [("", values, list(JobConfig.model_fields))]
+    places += [(f"{name}.", values.get(name), list(model.model_fields)) for name, model in SECTIONS.items()]
+    algorithms = values.get("llm")
+    for name, model in ALGORITHMS.items():
+        section = algorithms.get(name) if isinstance(algorithms, dict) else None
+        places.append((f"llm.{name}.", section, list(model.model_fields)))
+    for prefix, found, known in places:
+        for key in found if isinstance(found, dict) else ():
+            if key in known:
+                continue
+            by_lower = {k.lower(): k for k in known}
+            near = difflib.get_close_matches(key.lower(), by_lower, n=1, cutoff=0.8)
+            hint = f"; did you mean {by_lower[near[0]]}?" if near else ""
+            yield f"{prefix}{key}: unknown key, kept in the file without effect{hint}"
+
+
+class Document:
+    """A job file: its text, its YAML tree and the validated `JobConfig`.
+
+    Example:
+        >>> document = parse_yaml(open("job.yaml").read())
+        >>> document.config.MODEL
+        'quantdeck/demo'
+    """
+
+    def __init__(self, tree: CommentedMap, text: str | None) -> None:
+        self._tree = tree
+        self._text = text  # None once something was changed
+        self._config: JobConfig | None = None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The whole file as plain values, unknown keys included."""
+        return _plain(self._tree)
+
+    @property
+    def config(self) -> JobConfig:
+        """The validated settings.
+
+        Raises:
+            ConfigErrors: With every problem of the file.
+        """
+        if self._config is None:
+            try:
+                self._config = JobConfig.model_validate(self.values)
+            except ValidationError as error:
+                raise config_errors(error) from None
+        return self._config
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is odd but no error: unknown keys, several GPUs where one is used."""
+        rows = list(_unknown_keys(self.values))
+        if "," in str(self.values.get("CUDA_ID", "")):
+            rows.append("CUDA_ID: several GPUs are listed; AutoAWQ uses the first")
+        return rows
+
+    def set(self, path: tuple[str, ...], value: Any) -> None:
+        """Change one value; everything else keeps its place, comments and quotes.
+
+        Args:
+            path: Keys from the top, e.g. `("llm", "AutoAWQ", "W_BIT")`; missing sections are made.
+            value: Plain value; None is written as an empty value.
+        """
+        node = self._tree
+        for key in path[:-1]:
+            if not isinstance(node.get(key), CommentedMap):
+                node[key] = CommentedMap()
+            node = node[key]
+        key = path[-1]
+        if key in node and _plain(node[key]) == value and type(_plain(node[key])) is type(value):
+            return
+        node[key] = DoubleQuotedScalarString(value) if isinstance(value, str) else value
+        self._text = self._config = None
+
+    def remove(self, path: tuple[str, ...]) -> None:
+        """Take a key out, with everything below it; an absent key is no error."""
+        node = self._tree
+        for key in path[:-1]:
+            if not isinstance(node.get(key), CommentedMap):
+                return
+            node = node[key]
+        if path[-1] in node:
+            del node[path[-1]]
+            self._text = self._config = None
+
+    def dump(self) -> str:
+        """The file's text; exactly the text that was read if nothing was changed."""
+        if self._text is None:
+            stream = io.StringIO()
+            _yaml().dump(self._tree, stream)
+            self._text = stream.getvalue()
+        return self._text
+
+
+def parse_yaml(text: str) -> Document:
+    """Read a job file.
+
+    The settings are validated when `Document.config` is first asked for, so a form can show a file
+    that still has mistakes.
+
+    Raises:
+        ConfigError: If it is not YAML, too large, or not a mapping of keys.
+    """
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_BYTES:
+        raise ConfigError(f"the file has {size} bytes; a job file has at most {MAX_BYTES}")
+    try:
+        tree = _yaml().load(text.removeprefix("\ufeff"))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = (error.problem or "malformed").splitlines()[0]
+        raise ConfigError(f"this is not valid YAML: {where}{problem}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"this is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, CommentedMap):
+        found = "nothing" if tree is None else type(tree).__name__
+        raise ConfigError(f"found {found}; a job file is a list of `KEY: value` lines, see examples/")
+    document = Document(tree, text)
+    document.values  # noqa: B018  refuses tags, non-finite numbers and oversized trees at once
+    return document
+
+
+def read_yaml(path: str) -> Document:
+    """Read a job file from disk.
+
+    Raises:
+        ConfigError: If it cannot be read, is not UTF-8, or is not YAML.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return parse_yaml(file.read(MAX_BYTES + 1))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; give the path of a job's YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read {path}: it is not UTF-8 text (byte {error.start})") from None
+
+
+def new_document(values: Mapping[str, Any]) -> Document:
+    """A job file made from plain values, e.g. a form's; nested mappings become sections."""
+    document = Document(CommentedMap(), None)
+    for path, value in _leaves(values):
+        document.set(path, value)
+    return document
+
+
+def _leaves(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+__all__ = ["ALGORITHMS", "SECTIONS", "ConfigErrors", "Document", "new_document", "parse_yaml", "read_yaml"]

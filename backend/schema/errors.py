@@ -1,0 +1,56 @@
+"""Turns pydantic's errors into Quantdeck's: key, value found, what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from backend.errors import ConfigError, ConfigErrors
+
+_WANTED = {
+    "string_type": "text (put it in quotes)",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "bool_type": "True or False",
+    "list_type": "a list",
+    "model_type": "a section with keys below it",
+    "model_attributes_type": "a section with keys below it",
+    "dict_type": "a section with keys below it",
+}
+
+
+def _sentence(error: Any) -> str:
+    """One sentence for one pydantic error."""
+    kind, context, found = error["type"], error.get("ctx", {}), error.get("input")
+    if kind == "missing":
+        return "this key is required and the file does not give it"
+    if kind == "literal_error":
+        return f"found {found!r}; allowed: {context['expected']}"
+    if kind == "greater_than_equal":
+        return f"found {found!r}; it must be at least {context['ge']}"
+    if kind == "less_than_equal":
+        return f"found {found!r}; it must be at most {context['le']}"
+    if kind == "value_error":
+        return f"found {found!r}; {context['error']}"
+    if kind == "extra_forbidden":
+        return "unknown key here"
+    if kind in _WANTED:
+        return f"found {found!r} ({type(found).__name__}); it must be {_WANTED[kind]}"
+    return f"found {found!r}; {error['msg']}"
+
+
+def config_errors(error: ValidationError) -> ConfigErrors:
+    """All problems of a file at once, each with the dotted key it belongs to.
+
+    Rules across fields carry their key at the front of their text (`DATA_PATH: ...`).
+    """
+    rows = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if not key and item["type"] == "value_error":
+            key, _, message = str(item["ctx"]["error"]).partition(": ")
+        else:
+            message = _sentence(item)
+        rows.append(ConfigError(message, key=key, value=item.get("input")))
+    return ConfigErrors(rows)

@@ -1,0 +1,198 @@
+"""The job file: the guides' top-level YAML keys, with the same names, case and meaning.
+
+Keys that the original system reads are honoured. `JOB_PATH` and `ALGO_TYPE`, which it never reads, are kept
+in the file and marked `ignored`. `CALIBRATION`, `EVALUATION` and `BENCHMARK` are Quantdeck's own.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from backend.schema.autoawq import AutoAWQSettings
+from backend.schema.fields import setting
+from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings
+
+DEMO = "quantdeck/demo"
+JOB_ID_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+
+
+class AlgorithmSections(BaseModel):
+    """The `llm:` section: one sub-section per algorithm, of which `ALGORITHM` picks one."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    AutoAWQ: AutoAWQSettings | None = None
+
+
+class JobConfig(BaseModel):
+    """One quantization job."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    # -- model
+    MODEL: str = setting(
+        label="Model", section="Model",
+        help=f"A model id on the Hub, a local folder, or '{DEMO}' for the built-in model.",
+    )  # fmt: skip
+    CUSTOM_MODEL_PATH: str | None = setting(
+        None, label="Local folder", section="Model", advanced=True,
+        help="Folder with config.json and safetensors files, used instead of MODEL's download.",
+    )  # fmt: skip
+    # -- calibration text
+    DATASET_NAME: str | None = setting(
+        None, label="Dataset", section="Dataset",
+        help=f"A dataset id on the Hub, or '{DEMO}' for the built-in text. Calibrates the quantizer.",
+    )  # fmt: skip
+    DATASET_SUBNAME: str | None = setting(
+        None, label="Subset", section="Dataset", help="Subset (configuration) of the dataset, e.g. wikitext-2-raw-v1."
+    )
+    TEXT_COLUMN: str = setting(
+        "text", label="Text column", section="Dataset",
+        help="Column with the text; several, separated by commas, need a format string.",
+    )  # fmt: skip
+    SPLIT: str = setting("train", label="Split", section="Dataset", help="Split that is read, e.g. train.")
+    DATA_PATH: str | None = setting(
+        None, label="Local data", section="Dataset", advanced=True,
+        help="Local dataset instead of DATASET_NAME's download: a folder saved by datasets (save_to_disk), "
+        "or a .jsonl, .csv, .parquet or .txt file.",
+    )  # fmt: skip
+    FORMAT_STRING: str | None = setting(
+        None, label="Format string", section="Dataset", advanced=True,
+        help="Template over the text columns, e.g. \"Question: {question}\\nAnswer: {answer}\".",
+    )  # fmt: skip
+    llm: AlgorithmSections = Field(default_factory=AlgorithmSections)
+    # -- job
+    CUDA_ID: str = setting(
+        "0", label="GPU", section="Job",
+        help="Number of the GPU to use. Without a GPU the job runs on the CPU and says so.",
+    )  # fmt: skip
+    ALGORITHM: Literal["AutoAWQ"] = setting(
+        label="Algorithm", section="Algorithm", help="How the weights are quantized."
+    )
+    JOB_SERVICE: Literal["Kompress"] = setting(
+        "Kompress", label="Service", section="Job", advanced=True,
+        help="Part of the output path: user_data/jobs/<JOB_SERVICE>/<JOB_ID>.",
+    )  # fmt: skip
+    USER_FOLDER: str = setting(
+        "user_data", label="User folder", section="Job", advanced=True,
+        help="Folder for everything jobs write, relative to the home folder.",
+    )  # fmt: skip
+    JOB_ID: str = setting(
+        label="Job name", section="Job",
+        help="Name of the job and of its output folder; letters, digits, '.', '_' and '-'. Each name is used once.",
+    )  # fmt: skip
+    CACHE_PATH: str | None = setting(
+        None, label="Download cache", section="Job", advanced=True,
+        help="Folder for downloads, relative to the home folder. Empty: USER_FOLDER/.cache.",
+    )  # fmt: skip
+    JOB_PATH: str | None = setting(
+        None, label="Job path", section="Job", advanced=True, ignored=True,
+        help="Kept in the file; neither the original system nor Quantdeck reads it.",
+    )  # fmt: skip
+    LOGGING_PATH: str | None = setting(
+        None, label="Log folder", section="Job", advanced=True,
+        help="Folder for log.log, relative to the home folder. Empty: USER_FOLDER/logs/<JOB_ID>.",
+    )  # fmt: skip
+    ALGO_TYPE: str | None = setting(
+        None, label="Algorithm type", section="Job", advanced=True, ignored=True,
+        help="Kept in the file; neither the original system nor Quantdeck reads it.",
+    )  # fmt: skip
+    TASK: Literal["llm"] = setting(
+        "llm", label="Task", section="Job", advanced=True, help="Kind of model; Quantdeck quantizes language models."
+    )
+    CALIBRATION: CalibrationSettings = Field(default_factory=CalibrationSettings)
+    EVALUATION: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    BENCHMARK: BenchmarkSettings = Field(default_factory=BenchmarkSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_unset(cls, values: Any) -> Any:
+        # The guides write both `DATA_PATH:` and `DATASET_SUBNAME: ""` for "not given".
+        if not isinstance(values, dict):
+            return values
+        return {k: v for k, v in values.items() if v is not None and not (isinstance(v, str) and not v.strip())}
+
+    @field_validator("CUDA_ID", mode="before")
+    @classmethod
+    def _cuda_id(cls, value: Any) -> str:
+        text = str(value).strip() if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+        if not re.fullmatch(r"\d{1,3}(\s*,\s*\d{1,3})*", text):
+            raise ValueError('write GPU numbers in quotes, e.g. "0" or "0,1"')
+        return re.sub(r"\s", "", text)
+
+    @field_validator("JOB_ID", mode="before")
+    @classmethod
+    def _job_id(cls, value: Any) -> str:
+        text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+        if not JOB_ID_PATTERN.match(text) or ".." in text:
+            raise ValueError(
+                "a job name starts with a letter or digit, has only letters, digits, '.', '_' and '-', "
+                "no '..', and at most 100 characters, since it becomes a folder's name"
+            )
+        return text
+
+    @field_validator("USER_FOLDER", "CACHE_PATH", "LOGGING_PATH")
+    @classmethod
+    def _inside_home(cls, value: str | None) -> str | None:
+        if value is not None and (PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts):
+            raise ValueError("write a folder inside the home folder, without a leading '/' and without '..'")
+        return value
+
+    @field_validator("TEXT_COLUMN")
+    @classmethod
+    def _columns(cls, value: str) -> str:
+        if not all(part.strip() for part in value.split(",")):
+            raise ValueError("write one column name, or several separated by commas")
+        return value
+
+    @model_validator(mode="after")
+    def _across_fields(self) -> JobConfig:
+        if not self.DATASET_NAME and not self.DATA_PATH:
+            raise ValueError(f"DATASET_NAME: give a dataset, '{DEMO}' for the built-in text, or DATA_PATH")
+        if len(self.text_columns) > 1 and not self.FORMAT_STRING:
+            raise ValueError(
+                "FORMAT_STRING: several text columns need a format string, "
+                f'e.g. "{" ".join("{" + c + "}" for c in self.text_columns)}"'
+            )
+        for name in format_fields(self.FORMAT_STRING or ""):
+            if name not in self.text_columns:
+                raise ValueError(f"FORMAT_STRING: {{{name}}} is not among TEXT_COLUMN ({', '.join(self.text_columns)})")
+        return self
+
+    @property
+    def text_columns(self) -> list[str]:
+        """Names of the text columns, trimmed."""
+        return [part.strip() for part in self.TEXT_COLUMN.split(",")]
+
+    @property
+    def algorithm_settings(self) -> AutoAWQSettings:
+        """Settings of the chosen algorithm; its defaults where the file has no section for it."""
+        return getattr(self.llm, self.ALGORITHM) or AutoAWQSettings()
+
+    @property
+    def is_demo(self) -> bool:
+        """True if the built-in model is quantized."""
+        return self.MODEL == DEMO and not self.CUSTOM_MODEL_PATH
+
+
+def format_fields(template: str) -> list[str]:
+    """Names of the `{placeholders}` of a format string.
+
+    Attribute and index access (`{a.b}`, `{a[0]}`) and unnamed fields are refused: text columns are plain values.
+
+    Raises:
+        ValueError: If the template is not a plain format string.
+    """
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"FORMAT_STRING: {error}; write literal braces as {{{{ and }}}}") from None
+    for name in names:
+        if not re.fullmatch(r"\w[\w \-]*", name):
+            raise ValueError(f"FORMAT_STRING: placeholder {{{name}}} is not a plain column name")
+    return names

@@ -1,0 +1,216 @@
+"""Quantdeck's own, optional YAML sections: `CALIBRATION`, `EVALUATION` and `BENCHMARK`.
+
+Their defaults reproduce what the guides do by hand, so a guide's file needs none of them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, field_validator
+
+from backend.schema.fields import setting
+
+TASK_NAME = re.compile(r"^[A-Za-z0-9_\-]+$")
+AUTO = "auto"
+
+
+class CalibrationSettings(BaseModel):
+    """How much calibration text is read, and in which order."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    SAMPLES: StrictInt = setting(
+        128,
+        label="Samples",
+        section="Calibration",
+        unit="sequences",
+        ge=1,
+        le=65536,
+        help="Number of token sequences that calibrate the quantizer. 128 is AutoAWQ's own number.",
+    )
+    SEQUENCE_LENGTH: StrictInt = setting(
+        512,
+        label="Sequence length",
+        section="Calibration",
+        unit="tokens",
+        ge=16,
+        le=131072,
+        help="Tokens per calibration sequence. Rows of text are joined and cut into sequences of this length.",
+    )
+    SHUFFLE: StrictBool = setting(
+        False,
+        label="Shuffle rows",
+        section="Calibration",
+        advanced=True,
+        help="On: rows are drawn in a random order fixed by the seed. Off: in the order of the dataset.",
+    )
+    SEED: StrictInt = setting(
+        0,
+        label="Seed",
+        section="Calibration",
+        ge=0,
+        le=2**32 - 1,
+        advanced=True,
+        help="Fixes the shuffling. The same file with the same seed gives the same checkpoint.",
+    )
+
+
+class TaskSettings(BaseModel):
+    """One lm-eval task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    NAME: str = setting(label="Task", section="Evaluation", help="Name of an installed lm-eval task.")
+    NUM_FEWSHOT: StrictInt = setting(
+        0,
+        label="Shots",
+        section="Evaluation",
+        unit="examples",
+        ge=0,
+        le=100,
+        help="Examples shown before each question.",
+    )
+    LIMIT: StrictInt | None = setting(
+        None,
+        label="Limit",
+        section="Evaluation",
+        unit="questions",
+        ge=1,
+        help="Only the first questions; empty for all.",
+    )
+
+    @field_validator("NAME")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not TASK_NAME.match(name):
+            raise ValueError("a task name has only letters, digits, '_' and '-' (paths are not accepted)")
+        return name
+
+    def __str__(self) -> str:
+        limit = f":{self.LIMIT}" if self.LIMIT else ""
+        return f"{self.NAME}:{self.NUM_FEWSHOT}{limit}"
+
+
+def parse_task(text: str) -> dict[str, Any]:
+    """Read the guides' short form `name[:shots[:limit]]`, e.g. `arc_challenge:25` or `gsm8k:5:250`.
+
+    Raises:
+        ValueError: If a number is not one, or there are too many parts.
+    """
+    name, *numbers = text.strip().split(":")
+    if len(numbers) > 2 or not all(n.strip().isdigit() for n in numbers):
+        raise ValueError(f"found {text!r}; write name, name:shots or name:shots:limit, e.g. arc_challenge:25")
+    task: dict[str, Any] = {"NAME": name.strip()}
+    for key, number in zip(("NUM_FEWSHOT", "LIMIT"), numbers, strict=False):
+        task[key] = int(number)
+    return task
+
+
+class EvaluationSettings(BaseModel):
+    """What is measured on the baseline and on the artefact, by one protocol for both."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    ENABLED: StrictBool = setting(
+        True,
+        label="Evaluate",
+        section="Evaluation",
+        help="Measure perplexity and accuracy of the baseline and of the quantized model after saving it.",
+    )
+    PROTOCOLS: list[Literal["gptq_wikitext", "full_window"]] = setting(
+        default_factory=lambda: ["gptq_wikitext", "full_window"],
+        choices=["gptq_wikitext", "full_window"],
+        label="Perplexity protocols",
+        section="Evaluation",
+        help="gptq_wikitext is the guides' protocol (512-token windows, second half scored). "
+        "full_window scores every token of every window.",
+    )
+    DATASET_NAME: str = setting(
+        AUTO,
+        label="Perplexity text",
+        section="Evaluation",
+        advanced=True,
+        help="Dataset for perplexity. 'auto': the demo text for the demo model, otherwise wikitext-2 as in the guides.",
+    )
+    DATASET_SUBNAME: str | None = setting(
+        None, label="Subset", section="Evaluation", advanced=True, help="Subset of the perplexity dataset."
+    )
+    SPLIT: str = setting("test", label="Split", section="Evaluation", advanced=True, help="Split for perplexity.")
+    TEXT_COLUMN: str = setting(
+        "text", label="Text column", section="Evaluation", advanced=True, help="Column that holds the text."
+    )
+    WINDOW: StrictInt = setting(
+        512,
+        label="Window",
+        section="Evaluation",
+        unit="tokens",
+        ge=32,
+        le=131072,
+        advanced=True,
+        help="Window of the full_window protocol. gptq_wikitext always uses 512.",
+    )
+    MAX_WINDOWS: StrictInt | None = setting(
+        None,
+        label="Window limit",
+        section="Evaluation",
+        unit="windows",
+        ge=2,
+        help="Score only the first windows of the text; empty for all of it.",
+    )
+    TASKS: list[TaskSettings] | None = setting(
+        None,
+        label="Accuracy tasks",
+        section="Evaluation",
+        help="lm-eval tasks as name:shots[:limit], e.g. arc_challenge:25. Empty: the demo task for the demo model, "
+        "otherwise the guide's arc_challenge:25. [] for none.",
+    )
+    BATCH_SIZE: StrictInt = setting(
+        8,
+        label="Batch size",
+        section="Evaluation",
+        unit="sequences",
+        ge=1,
+        le=1024,
+        advanced=True,
+        help="Sequences per forward pass while evaluating.",
+    )
+
+    @field_validator("TASKS", mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part for part in value.split(",") if part.strip()]
+        if isinstance(value, list):
+            return [parse_task(item) if isinstance(item, str) else item for item in value]
+        return value
+
+
+class BenchmarkSettings(BaseModel):
+    """Throughput and memory of both models at batch 1, measured in turns."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    ENABLED: StrictBool = setting(
+        True,
+        label="Benchmark",
+        section="Benchmark",
+        help="Measure prefill and decode speed and peak memory of both models.",
+    )
+    PROMPT_TOKENS: StrictInt = setting(
+        128, label="Prompt", section="Benchmark", unit="tokens", ge=1, le=131072, advanced=True,
+        help="Length of the prompt that is prefilled.",
+    )  # fmt: skip
+    NEW_TOKENS: StrictInt = setting(
+        64, label="Decode", section="Benchmark", unit="tokens", ge=2, le=131072, advanced=True,
+        help="Tokens generated one by one after the prompt.",
+    )  # fmt: skip
+    WARMUP: StrictInt = setting(
+        2, label="Warm-up", section="Benchmark", unit="runs", ge=0, le=100, advanced=True,
+        help="Runs of each model that are thrown away.",
+    )  # fmt: skip
+    REPETITIONS: StrictInt = setting(
+        7, label="Repetitions", section="Benchmark", unit="runs", ge=3, le=1000, advanced=True,
+        help="Measured runs of each model, in turns; the median and its 95 % interval are reported.",
+    )  # fmt: skip

@@ -1,0 +1,59 @@
+"""What every test may use: a fresh home, a tiny model folder, short job files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from backend.paths import PROJECT, Home
+from backend.schema import new_document
+
+EXAMPLES = PROJECT / "examples"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """An empty home."""
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def guide_text() -> str:
+    """The AWQ guide's YAML, byte for byte."""
+    return (EXAMPLES / "awq_guide.yaml").read_text(encoding="utf-8")
+
+
+def demo_text(job_id: str = "demo", **changes: object) -> str:
+    """A job file for the demo model that is quick: little calibration, few windows and questions."""
+    values: dict[str, object] = {
+        "MODEL": "quantdeck/demo",
+        "DATASET_NAME": "quantdeck/demo",
+        "TEXT_COLUMN": "text",
+        "SPLIT": "train",
+        "llm": {"AutoAWQ": {"ZERO_POINT": True, "W_BIT": 4, "Q_GROUP_SIZE": 128, "VERSION": "GEMM"}},
+        "CUDA_ID": "0",
+        "ALGORITHM": "AutoAWQ",
+        "JOB_SERVICE": "Kompress",
+        "USER_FOLDER": "user_data",
+        "JOB_ID": job_id,
+        "TASK": "llm",
+        "CALIBRATION": {"SAMPLES": 8, "SEQUENCE_LENGTH": 128},
+        "EVALUATION": {"MAX_WINDOWS": 4, "TASKS": ["quantdeck_demo:0:20"]},
+        "BENCHMARK": {"PROMPT_TOKENS": 16, "NEW_TOKENS": 8, "WARMUP": 1, "REPETITIONS": 3},
+    }
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            values[key] = {**values[key], **value}  # type: ignore[dict-item]
+        elif value is None:
+            values.pop(key, None)
+        else:
+            values[key] = value
+    return new_document(values).dump()
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    """A JSON-lines file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

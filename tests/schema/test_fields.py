@@ -1,0 +1,35 @@
+"""Every setting can be shown: label, help, bounds, choices."""
+
+import pytest
+
+from backend.schema import (
+    AutoAWQSettings,
+    BenchmarkSettings,
+    CalibrationSettings,
+    EvaluationSettings,
+    JobConfig,
+    describe,
+)
+
+MODELS = (JobConfig, AutoAWQSettings, CalibrationSettings, EvaluationSettings, BenchmarkSettings)
+FIELDS = [pytest.param(model, spec, id=f"{model.__name__}.{spec.key}") for model in MODELS for spec in describe(model)]
+
+
+@pytest.mark.parametrize(("model", "spec"), FIELDS)
+def test_every_field_explains_itself(model, spec):
+    assert len(spec.help) > 15 and spec.help.endswith((".", '".')), spec.help
+    assert spec.label and spec.section
+    if spec.type in ("choice", "int_choice"):
+        assert spec.choices
+        assert spec.required or spec.default in spec.choices
+    if spec.type == "int" and spec.key != "SEED":
+        assert spec.ge is not None and spec.unit
+
+
+def test_keys_that_nothing_reads_are_marked():
+    assert [s.key for s in describe(JobConfig) if s.ignored] == ["JOB_PATH", "ALGO_TYPE"]
+
+
+def test_group_size_offers_the_guides_values():
+    (spec,) = [s for s in describe(AutoAWQSettings) if s.key == "Q_GROUP_SIZE"]
+    assert spec.type == "int_choice" and spec.choices == (128, 64, 32) and spec.default == 128
