@@ -1,0 +1,68 @@
+"""Downloads through the real Hub client, from a server on loopback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from backend.paths import PROJECT
+from tests.sources.hub_server import COMMIT, hub_server
+
+CODE = """
+import sys
+from pathlib import Path
+from backend.errors import QuantdeckError
+from backend.sources.prepare import download_model
+try:
+    print(*download_model(sys.argv[1], Path(sys.argv[2])), sep="\\n")
+except QuantdeckError as error:
+    print("refused:", error.message)
+"""
+
+
+def download(endpoint, repo, cache):
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-c", CODE, repo, str(cache / "hub")],
+        cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.strip().splitlines()
+
+
+@pytest.fixture
+def repo(tmp_path):
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "modeling_evil.py").write_text("raise SystemExit")
+    return folder
+
+
+def test_a_model_comes_without_pickles_and_code_and_with_its_commit(repo, tmp_path):
+    with hub_server({"team/small": repo}) as (endpoint, asked):
+        folder, commit = download(endpoint, "team/small", tmp_path)
+        assert commit == COMMIT
+        assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+        assert not [path for path in asked if path.endswith((".bin", ".py"))]
+
+
+def test_a_model_that_is_there_is_not_fetched_again(repo, tmp_path):
+    with hub_server({"team/small": repo}) as (endpoint, asked):
+        first = download(endpoint, "team/small", tmp_path)
+        asked.clear()
+        assert download(endpoint, "team/small", tmp_path) == first
+        assert not [path for path in asked if path.endswith("model.safetensors")]
+
+
+def test_missing_and_gated_models_say_what_to_do(repo, tmp_path):
+    with hub_server({}, gated=("team/gated",)) as (endpoint, _):
+        assert "the Hub has no model team/absent" in download(endpoint, "team/absent", tmp_path)[0]
+        assert "team/gated is gated: accept its licence" in download(endpoint, "team/gated", tmp_path)[0]
+
+
+def test_without_network_it_says_so(tmp_path):
+    assert "cannot be downloaded" in download("http://127.0.0.1:9", "team/small", tmp_path)[0]
