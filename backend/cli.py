@@ -80,7 +80,7 @@ def _validate(args: argparse.Namespace, home: Home) -> int:
 
 def _jobs(args: argparse.Namespace, home: Home) -> int:
     control.reconcile(home)
-    jobs = JobStore(home).list()
+    jobs = JobStore(home).jobs()
     if args.json:
         _print_json([{k: v for k, v in vars(job).items() if k != "config_yaml"} for job in jobs])
         return 0

@@ -12,9 +12,9 @@ from typing import Any
 from backend.errors import JobError
 from backend.jobs.events import read_events, read_lines
 from backend.jobs.preflight import check_job
-from backend.jobs.process import lock_is_held
 from backend.jobs.store import Job, JobStore
 from backend.paths import HOME_VARIABLE, PROJECT, Home
+from backend.process import lock_is_held
 from backend.schema import Document, parse_yaml
 
 LAUNCH_GRACE_S = 20.0
@@ -123,7 +123,7 @@ def reconcile(home: Home, *, besides: str | None = None) -> list[str]:
     """
     store = JobStore(home)
     changed = []
-    for job in store.list(states=("queued", "running", "cancelling")):
+    for job in store.jobs(states=("queued", "running", "cancelling")):
         if job.uid == besides or lock_is_held(home.run_dir(job.uid) / "runner.lock"):
             continue
         if job.state == "queued":

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from backend.errors import JobError
+from backend.files import sha256_file
 
 MANIFEST = "quantdeck_manifest.json"
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -42,7 +36,7 @@ def publish(staging: Path, target: Path, facts: dict[str, Any]) -> dict[str, Any
         JobError: If the target already exists.
     """
     files = sorted(p for p in staging.iterdir() if p.is_file() and p.name != MANIFEST)
-    manifest = {**facts, "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}}
+    manifest = {**facts, "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files}}
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in (*files, staging / MANIFEST, staging):
         _sync(path)
@@ -71,6 +65,6 @@ def check_manifest(folder: Path) -> list[str]:
             problems.append(f"{path} is missing")
         elif path.stat().st_size != facts["bytes"]:
             problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}")
-        elif sha256(path) != facts["sha256"]:
+        elif sha256_file(path) != facts["sha256"]:
             problems.append(f"{path} was changed after it was published (sha256 differs)")
     return problems

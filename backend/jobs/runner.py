@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import EngineError, JobError, QuantdeckError
-from backend.jobs.child import PARENT_VARIABLE
 from backend.jobs.devices import device_environment
 from backend.jobs.events import read_events, read_lines
-from backend.jobs.process import adopt_orphans, end_tree, hold_lock
 from backend.jobs.stages import STAGES, Run, Stage
 from backend.jobs.store import Job, JobStore
 from backend.paths import PROJECT, Home
+from backend.process import PARENT_VARIABLE, adopt_orphans, end_tree, hold_lock
 from backend.schema import parse_yaml
 
 POLL_S = 0.2

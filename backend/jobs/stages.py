@@ -17,8 +17,8 @@ from typing import Any
 
 from backend.engines.registry import engine_for
 from backend.evaluate import cache
-from backend.evaluate.files import write_json
 from backend.evaluate.report import build_rows, format_table
+from backend.files import write_json
 from backend.formats.size import weight_bytes
 from backend.jobs.devices import describe_device, torch_device
 from backend.jobs.publish import publish

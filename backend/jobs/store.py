@@ -168,7 +168,7 @@ class JobStore:
     @staticmethod
     def _record(db: Database, job: Job, to: State, actor: str, reason: str | None) -> None:
         came_from = None if to == "queued" else job.state
-        db["job_events"].insert(
+        db.table("job_events").insert(
             {
                 "uid": job.uid, "attempt": job.attempt, "from_state": came_from, "to_state": to,
                 "actor": actor, "reason": reason, "at": now(),
@@ -209,7 +209,7 @@ class JobStore:
                 artefact=None, created_at=now(), started_at=None, finished_at=None,
             )  # fmt: skip
             row = {k: v for k, v in vars(job).items() if k not in ("progress", "result")}
-            db["jobs"].insert({**row, "progress": "{}", "result": None})
+            db.table("jobs").insert({**row, "progress": "{}", "result": None})
             self._record(db, job, "queued", "user", None)
         return job
 
@@ -245,7 +245,7 @@ class JobStore:
             raise JobError(f"there is no job {uid!r}; `python -m backend jobs` lists them")
         return self._job(rows[0])
 
-    def list(self, *, states: tuple[State, ...] = (), limit: int = 1000) -> list[Job]:
+    def jobs(self, *, states: tuple[State, ...] = (), limit: int = 1000) -> list[Job]:
         """The newest jobs first, of the given states or of all."""
         where = f"WHERE state IN ({','.join('?' * len(states))})" if states else ""
         with self._open() as db:

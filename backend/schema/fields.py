@@ -72,7 +72,7 @@ def setting(
 
     Bounds are checked by pydantic; `choices` document what the annotation (a `Literal`) enforces.
     """
-    extra = {
+    extra: dict[str, Any] = {
         "label": label,
         "section": section,
         "unit": unit,

@@ -8,17 +8,12 @@ so that wikitext yields far fewer tokens than asked for; here 128 x 512 means 65
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 from backend.errors import DataError
 
-
-class Encoder(Protocol):
-    """The part of a tokenizer that calibration needs."""
-
-    def __call__(self, text: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with the model's own special tokens."""
+Encoder = Callable[[Sequence[str]], list[list[int]]]
+"""From a batch of texts to the token ids of each, with the model's own special tokens."""
 
 
 def token_sequences(

@@ -138,7 +138,7 @@ def test_the_same_name_is_refused_and_the_first_job_stays_as_it_was(done, tmp_pa
     assert finished.returncode == 2 and "JOB_ID" in finished.stderr and "first-2" in finished.stderr
     with pytest.raises(ConfigErrors):
         control.submit(home, demo_text("first"))
-    assert JobStore(home).get("first") == before and len(JobStore(home).list()) == 1
+    assert JobStore(home).get("first") == before and len(JobStore(home).jobs()) == 1
 
 
 def test_a_second_job_reuses_the_baseline_and_gives_the_same_checkpoint(done):
@@ -214,7 +214,7 @@ def test_the_job_goes_on_when_the_process_that_started_it_is_killed(home):
     command = [sys.executable, "-m", "backend", "run", str(path), "--home", str(home.root)]
     starter = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not home.jobs_db.exists() or not JobStore(home).list():
+    while not home.jobs_db.exists() or not JobStore(home).jobs():
         assert time.monotonic() < deadline
         time.sleep(0.1)
     os.killpg(starter.pid, signal.SIGKILL)

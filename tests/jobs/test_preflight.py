@@ -103,7 +103,7 @@ def test_a_group_size_that_does_not_divide_is_told_at_its_key(home, tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
     message = problems(home, MODEL=str(tmp_path / "m"))["llm.AutoAWQ.Q_GROUP_SIZE"]
-    assert "128" in message and "96" in message and "32" in message
+    assert "found 128" in message and "192 inputs" in message and "use 32" in message
 
 
 def test_an_unknown_task_is_refused_with_near_names(home):
@@ -114,7 +114,7 @@ def test_an_unknown_task_is_refused_with_near_names(home):
 def test_nothing_is_stored_for_a_refused_job(home):
     with pytest.raises(ConfigErrors):
         submit(home, demo_text(MODEL="/no/such/model"))
-    assert JobStore(home).list() == []
+    assert JobStore(home).jobs() == []
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_the_command_line_answers_2_and_the_reason(home, tmp_path, capsys, text)
     for command in ("validate", "run"):
         assert main([command, str(path), "--home", str(home.root)]) == 2
         assert capsys.readouterr().err.startswith("error: ")
-    assert not home.jobs_db.exists() or JobStore(home).list() == []
+    assert not home.jobs_db.exists() or JobStore(home).jobs() == []
 
 
 def test_the_guide_and_the_demo_validate(home, capsys):

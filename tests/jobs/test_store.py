@@ -36,7 +36,7 @@ def test_a_taken_name_is_refused_and_a_free_one_is_proposed(home):
     with pytest.raises(ConfigErrors, match="one-2") as caught:
         make(store)
     assert caught.value.errors[0].key == "JOB_ID"
-    assert len(store.list()) == 1
+    assert len(store.jobs()) == 1
     assert store.free_name(parse_yaml(demo_text("one")).config) == "one-2"
     assert store.free_name(parse_yaml(demo_text("two")).config) == "two"
 
@@ -113,7 +113,7 @@ def test_two_processes_may_create_the_store_at_once(home):
     )
     started = [subprocess.Popen([sys.executable, "-c", code, str(home.root)], cwd=PROJECT) for _ in range(4)]
     assert [p.wait(60) for p in started] == [0, 0, 0, 0]
-    assert JobStore(home).list() == []
+    assert JobStore(home).jobs() == []
 
 
 def test_the_database_reads_with_plain_sql_and_guards_its_states(home):

@@ -17,6 +17,7 @@ import psutil
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+PARENT_VARIABLE = "QUANTDECK_PARENT_PID"
 
 
 def _prctl(option: int, value: int) -> None:
@@ -35,6 +36,12 @@ def die_with_parent(parent_pid: int) -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def die_with_starter() -> None:
+    """`die_with_parent`, if the starter gave its pid in the environment (`PARENT_VARIABLE`)."""
+    if parent := os.environ.get(PARENT_VARIABLE):
+        die_with_parent(int(parent))
 
 
 def adopt_orphans() -> None:

@@ -7,8 +7,8 @@ import time
 import psutil
 import pytest
 
-from backend.jobs.process import hold_lock, lock_is_held
 from backend.paths import PROJECT
+from backend.process import hold_lock, lock_is_held
 
 
 def until(condition, seconds=20.0):
@@ -25,7 +25,7 @@ def start(code, *args, **more):
 def test_a_lock_is_held_until_its_process_is_killed(tmp_path):
     path = tmp_path / "lock"
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom backend.jobs.process import hold_lock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom backend.process import hold_lock\n"
         "with hold_lock(Path(sys.argv[1])): time.sleep(600)"
     )
     assert not lock_is_held(path)
@@ -42,7 +42,7 @@ def test_a_lock_is_held_until_its_process_is_killed(tmp_path):
 
 def test_a_child_dies_when_its_parent_is_killed(tmp_path):
     child = (
-        "import os, sys, time; from backend.jobs.process import die_with_parent; die_with_parent(int(sys.argv[1]));"
+        "import os, sys, time; from backend.process import die_with_parent; die_with_parent(int(sys.argv[1]));"
         "open(sys.argv[2], 'w').write(str(os.getpid())); time.sleep(600)"
     )
     arguments = f"[sys.executable, '-c', {child!r}, str(os.getpid()), sys.argv[1]]"
@@ -57,7 +57,7 @@ def test_a_child_dies_when_its_parent_is_killed(tmp_path):
 
 
 def test_a_child_whose_parent_is_already_gone_ends_at_once():
-    code = "from backend.jobs.process import die_with_parent; die_with_parent(1 << 22); print('went on')"
+    code = "from backend.process import die_with_parent; die_with_parent(1 << 22); print('went on')"
     finished = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, check=False)
     assert finished.returncode == 1 and finished.stdout == b""
 
@@ -66,7 +66,7 @@ RUNNER = """
 import subprocess, sys, time
 from pathlib import Path
 import psutil
-from backend.jobs.process import adopt_orphans, end_tree
+from backend.process import adopt_orphans, end_tree
 adopt_orphans()
 process = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
 while not (Path(sys.argv[2]).exists() and Path(sys.argv[2]).read_text()):

@@ -1,0 +1,1 @@
+"""Checkpoint folders: validated headers, sizes, the AutoAWQ format, a streaming writer, and a loader."""
