@@ -92,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     die_with_starter()
     events = EventWriter.claim_stdout()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    # lm_eval warns on every run that it was given a loaded model, which is what we mean to do.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         write_json(options.result, evaluate(read_request(options.request), events))
     except ConfigError as error:

@@ -55,6 +55,7 @@ class Runner:
         self.log_file = home.log_file(self.config)
         self._stored_at = self._checked_at = 0.0
         self._stop_requested = False
+        self._first_steps: dict[str, tuple[int, float]] = {}
 
     def run(self) -> None:
         """Wait for the device, run every stage, store the outcome."""
@@ -158,7 +159,7 @@ class Runner:
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=PROJECT, env=environment,
                 start_new_session=True,
             )  # fmt: skip
-        began, error = time.monotonic(), None
+        error = None
         try:
             while True:
                 done, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -167,7 +168,7 @@ class Runner:
                     if event.get("stage") == "error":
                         error = event["message"]
                     else:
-                        self._follow(event, began)
+                        self._follow(event)
                 if done:
                     process.returncode = os.waitstatus_to_exitcode(status)
                     break
@@ -185,19 +186,25 @@ class Runner:
             self._checked_at = time.monotonic()
             self._check_cancelled()
 
-    def _follow(self, event: dict[str, Any], began: float) -> None:
+    def _follow(self, event: dict[str, Any]) -> None:
         if "stage" not in event:
             return
         step, total = event.get("step") or 0, event.get("total") or 0
-        passed = time.monotonic() - began
         progress = {
             "stage": event["stage"],
             "step": step,
             "total": total,
-            "eta_s": round(passed / step * (total - step), 1) if step else None,
+            "eta_s": self._eta(event["stage"], step, total, event["t"]),
             "message": event.get("message") or event.get("layer") or "",
         }
         self._progress(progress, force=step == total)
+
+    def _eta(self, stage: str, step: int, total: int, at: float) -> float | None:
+        """Seconds left in a stage, from the pace since its first step: loading before it says nothing about steps."""
+        if not step:
+            return None
+        first_step, first_at = self._first_steps.setdefault(stage, (step, at))
+        return round((at - first_at) / (step - first_step) * (total - step), 1) if step > first_step else None
 
     def _progress(self, progress: dict[str, Any], *, force: bool) -> None:
         if force or time.monotonic() - self._stored_at >= STORE_EVERY_S:

@@ -138,8 +138,8 @@ def _publish(run: Run) -> None:
     manifest = publish(run.staging, target, facts)
     run.artefact = target
     run.result.update(
-        artefact=str(target), manifest=manifest, layers=quantized["layers"], skipped=quantized["skipped"],
-        device=facts["device"], versions=facts["versions"],
+        artefact=str(target), model_dir=inputs["model_dir"], manifest=manifest, layers=quantized["layers"],
+        skipped=quantized["skipped"], device=facts["device"], versions=facts["versions"],
         samples=inputs["samples"], samples_wanted=inputs["samples_wanted"],
     )  # fmt: skip
 

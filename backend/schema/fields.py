@@ -87,10 +87,12 @@ def setting(
 
 
 def _bare(annotation: Any) -> Any:
-    """The annotation without `| None`."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        rest = [a for a in typing.get_args(annotation) if a is not type(None)]
-        return rest[0]
+    """The annotation without `| None` and without pydantic's marks (`StrictInt` is an annotated `int`)."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _bare(next(a for a in typing.get_args(annotation) if a is not type(None)))
+    if origin is typing.Annotated:
+        return _bare(typing.get_args(annotation)[0])
     return annotation
 
 

@@ -33,3 +33,9 @@ def test_keys_that_nothing_reads_are_marked():
 def test_group_size_offers_the_guides_values():
     (spec,) = [s for s in describe(AutoAWQSettings) if s.key == "Q_GROUP_SIZE"]
     assert spec.type == "int_choice" and spec.choices == (128, 64, 32) and spec.default == 128
+
+
+def test_numbers_that_may_be_empty_are_still_numbers():
+    types = {s.key: s.type for model in MODELS for s in describe(model)}
+    assert types["MAX_WINDOWS"] == types["SAMPLES"] == "int"
+    assert types["ENABLED"] == "bool" and types["TASKS"] == "list" and types["FORMAT_STRING"] == "str"

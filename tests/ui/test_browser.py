@@ -1,0 +1,213 @@
+"""The whole path in a real browser: form, job, charts, chat, with nothing asked of any other host.
+
+With QUANTDECK_SCREENSHOTS=1 it also writes docs/screenshots, light and dark.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+expect = playwright.expect
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+# What Gradio itself writes when a page with an open stream is left.
+OWN_NOISE = re.compile(r"AbortError|Connection errored out")
+SHOTS = ROOT / "docs" / "screenshots" if os.environ.get("QUANTDECK_SCREENSHOTS") == "1" else None
+STEP_MS = 60_000
+JOB_FILE = """\
+# my own note
+MODEL: "quantdeck/demo"
+MY_KEY: kept
+DATASET_NAME: "quantdeck/demo"
+ALGORITHM: "AutoAWQ"
+JOB_ID: "from-a-file"
+CALIBRATION: {SAMPLES: 8, SEQUENCE_LENGTH: 256}
+EVALUATION: {MAX_WINDOWS: 4, TASKS: ["quantdeck_demo:0:20"]}
+BENCHMARK: {PROMPT_TOKENS: 16, NEW_TOKENS: 8, WARMUP: 1, REPETITIONS: 3}
+"""
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}: apt-get install chromium"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+    """A dashboard of its own on a free port, with an empty home."""
+    home, port = tmp_path_factory.mktemp("home"), free_port()
+    log = home / "app.log"
+    url = f"http://127.0.0.1:{port}"
+    with open(log, "wb") as out:
+        command = [sys.executable, "app.py", "--port", str(port), "--home", str(home)]
+        app = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"{url}/config", timeout=5).close()
+                break
+            assert app.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield url
+    finally:
+        app.terminate()
+        app.wait(30)
+
+
+@pytest.fixture
+def watched(address):
+    """A page, and what it complained of or asked of other hosts."""
+    faults: list[str] = []
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        page = browser.new_page(viewport={"width": 1440, "height": 900}, color_scheme="light")
+        page.set_default_timeout(STEP_MS)
+        page.on("request", lambda r: faults.append(f"request {r.url}") if foreign(r.url, address) else None)
+        page.on("console", lambda m: faults.append(f"console {m.text}") if m.type == "error" else None)
+        page.on("pageerror", lambda e: faults.append(f"error {e}"))
+        yield page, faults
+        browser.close()
+
+
+def foreign(url: str, address: str) -> bool:
+    return not url.startswith((address, "data:", "blob:"))
+
+
+def shoot(page, name: str) -> None:
+    """Screenshots for the documentation, of the page as it is now."""
+    if SHOTS is None:
+        return
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    for mode in ("light", "dark"):
+        page.emulate_media(color_scheme=mode)
+        page.evaluate("mode => document.body.classList.toggle('dark', mode === 'dark')", mode)
+        page.wait_for_timeout(300)
+        page.screenshot(path=SHOTS / f"{name}-{mode}.png", full_page=True)
+    page.emulate_media(color_scheme="light")
+    page.evaluate("document.body.classList.remove('dark')")
+
+
+def fill(page, key: str, value: str) -> None:
+    box = page.locator(f"#f-{key} :is(input, textarea)").first
+    box.fill(value)
+    box.blur()
+
+
+def test_demo_job_from_form_to_chat(address, watched):
+    page, faults = watched
+    page.goto(address)
+    expect(page.get_by_role("heading", name="No jobs yet")).to_be_visible(timeout=STEP_MS)
+    shoot(page, "jobs-empty")
+    page.get_by_role("link", name="Start with the demo").click()
+
+    # The form: a wrong value is told at its field and loses nothing, then a small job is started.
+    expect(page.locator("#model-facts")).to_contain_text("LlamaForCausalLM", timeout=STEP_MS)
+    expect(page.locator("#review")).to_contain_text("What this job will do", timeout=STEP_MS)
+    shoot(page, "new-job")
+    fill(page, "JOB_ID", "browser job")
+    expect(page.locator("#review")).to_contain_text("1 setting needs a change", timeout=STEP_MS)
+    expect(page.locator("#f-JOB_ID")).to_contain_text("a job name starts with a letter or digit", timeout=STEP_MS)
+    page.locator("#start").click()
+    expect(page.get_by_text("The job was not started")).to_be_visible(timeout=STEP_MS)
+    expect(page.locator("#f-JOB_ID input")).to_have_value("browser job")
+    page.get_by_text("Open a YAML file").click()
+    file = {"name": "mine.yaml", "mimeType": "application/yaml", "buffer": JOB_FILE.encode()}
+    page.locator("#yaml-file input[type=file]").set_input_files(file)
+    expect(page.get_by_text("mine.yaml is in the form")).to_be_visible(timeout=STEP_MS)
+    expect(page.locator("#f-BENCHMARK-REPETITIONS input")).to_have_count(0)  # folded away, and yet submitted
+    fill(page, "JOB_ID", "browser-job")
+    fill(page, "CALIBRATION-SEQUENCE_LENGTH", "128")
+    expect(page.locator("#yaml")).to_contain_text("# my own note", timeout=STEP_MS)
+    expect(page.locator("#yaml")).to_contain_text("SEQUENCE_LENGTH: 128", timeout=STEP_MS)
+    expect(page.locator("#review")).to_contain_text("8 x 128 tokens", timeout=STEP_MS)
+    expect(page.locator("#review")).to_contain_text("MY_KEY: unknown key")
+    page.locator("#start").click()
+
+    # The job: it survives a reload in the middle, and ends with a table, a chart and a log.
+    page.wait_for_url("**/job?id=*")
+    expect(page.locator("#job-head h1")).to_contain_text("browser-job", timeout=STEP_MS)
+    expect(page.locator("#stages")).to_contain_text("Quantize layer by layer", timeout=STEP_MS)
+    page.reload()
+    expect(page.locator("#job-head h1")).to_contain_text("browser-job", timeout=STEP_MS)
+    expect(page.locator("#job-head")).to_contain_text(re.compile("Succeeded|Failed"), timeout=400_000)
+    expect(page.locator("#job-head")).to_contain_text("Succeeded")
+    expect(page.locator("#result-table")).to_contain_text("Perplexity")
+    expect(page.locator("#layers .js-plotly-plot .scatterlayer path.js-line")).to_have_count(2)
+    expect(page.locator("#log")).to_contain_text("stage")
+    expect(page.locator("#artefact")).to_contain_text("model.safetensors")
+    shoot(page, "job")
+
+    # Compare: four charts with bars.
+    page.get_by_role("link", name="Compare", exact=True).last.click()
+    for name in ("perplexity", "accuracy", "size", "throughput"):
+        expect(page.locator(f"#chart-{name} .js-plotly-plot .bars .point > path")).to_have_count(2, timeout=STEP_MS)
+    expect(page.locator("#compare-table")).to_contain_text("browser-job")
+    shoot(page, "compare")
+
+    # Chat: one message, two answers.
+    page.goto(f"{address}/chat")
+    expect(page.locator("#message textarea")).to_be_visible(timeout=STEP_MS)
+    page.locator("#message textarea").fill("Hello! Who are you?")
+    page.locator("#send").click()
+    for side in ("baseline", "quantized"):
+        expect(page.locator(f"#chat-{side} .bot").first).to_have_text(re.compile(r"\w+"), timeout=STEP_MS)
+        expect(page.locator(f"#head-{side}")).to_contain_text("tokens/s", timeout=STEP_MS)
+        expect(page.locator(f"#head-{side}")).to_contain_text("peak memory", timeout=STEP_MS)
+    shoot(page, "chat")
+    page.locator("#chat-unload").click()
+    expect(page.locator("#chat-said")).to_contain_text("unloaded", timeout=STEP_MS)
+
+    # The list knows it all; a clone opens with a name that is free.
+    page.goto(address)
+    expect(page.locator('#jobs tr[data-job="browser-job"]')).to_contain_text("Succeeded", timeout=STEP_MS)
+    expect(page.locator('#jobs tr[data-job="browser-job"]')).to_contain_text("of the size")
+    shoot(page, "jobs")
+    page.locator('#jobs tr[data-job="browser-job"]').get_by_role("link", name="Clone").click()
+    expect(page.locator("#f-JOB_ID input")).to_have_value("browser-job-2", timeout=STEP_MS)
+    expect(page.locator("#f-CALIBRATION-SAMPLES input")).to_have_value("8")
+
+    # A running job can be cancelled, after a question.
+    expect(page.locator("#review")).to_contain_text("8 x 128 tokens", timeout=STEP_MS)
+    page.locator("#start").click()
+    page.wait_for_url("**/job?id=*")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#job-head")).to_contain_text("Cancelled", timeout=STEP_MS)
+    expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
+
+    # The choice of light or dark stays.
+    page.get_by_role("button", name="Switch between light and dark").click()
+    page.goto(address)
+    expect(page.locator("body.dark")).to_be_visible(timeout=STEP_MS)
+
+    assert [fault for fault in faults if not OWN_NOISE.search(fault)] == []

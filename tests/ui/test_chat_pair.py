@@ -1,0 +1,93 @@
+"""The pair of chat models, with real processes of the built-in demo model on both sides."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from backend.demo import MODEL_DIR
+from backend.errors import JobError
+from backend.jobs.store import JobStore
+from backend.paths import Home
+from backend.schema import parse_yaml
+from ui.chat_pair import SIDES, ChatPair
+from ui.draft import TEMPLATE
+
+ASK = [{"role": "user", "content": "Hello!"}]
+SAMPLING = {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+
+
+def finished_job(home: Home, model_dir: Path = MODEL_DIR) -> str:
+    """A succeeded job whose artefact is the demo model itself; a loader does not care how a folder came to be."""
+    store = JobStore(home)
+    job = store.create(TEMPLATE, parse_yaml(TEMPLATE).config, device="cpu")
+    store.move(job.uid, "running", actor="test", attempt=1)
+    store.update(job.uid, 1, artefact=str(MODEL_DIR), result={"model_dir": str(model_dir)})
+    store.move(job.uid, "succeeded", actor="test", attempt=1)
+    return job.uid
+
+
+def children() -> set[int]:
+    found = set()
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a process that has just ended
+            if "model_process" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
+
+
+def until(condition, seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_load_answer_busy_unload(tmp_path):
+    home = Home.at(tmp_path)
+    uid, pair = finished_job(home), ChatPair(home)
+    before = children()
+    try:
+        assert list(pair.load(uid)) == ["Loading the baseline model", "Loading the quantized model"]
+        assert pair.uid == uid and len(children() - before) == 2
+        assert list(pair.load(uid)) == []  # already there
+        answer = pair.answer(uid, ASK, ASK, **SAMPLING)
+        next(answer)
+        with pytest.raises(JobError, match="loading or answering"):
+            next(pair.answer(uid, ASK, ASK, **SAMPLING))
+        *_, (a, b) = answer
+        assert a["done"] and b["done"] and a["text"] == b["text"] != ""
+        assert all(pair.memory(side) > 0 for side in SIDES)
+    finally:
+        pair.unload()
+    assert pair.uid == "" and until(lambda: children() <= before)
+    with pytest.raises(JobError, match="not loaded"):
+        next(pair.answer(uid, ASK, ASK, **SAMPLING))
+
+
+def test_an_answer_that_is_left_early_frees_the_pair_and_an_idle_pair_is_closed(tmp_path):
+    home = Home.at(tmp_path)
+    uid, pair = finished_job(home), ChatPair(home, idle_s=1.0)
+    before = children()
+    try:
+        list(pair.load(uid))
+        answer = pair.answer(uid, ASK, ASK, **{**SAMPLING, "max_new_tokens": 500})
+        next(answer)
+        answer.close()  # what happens when the tab is closed
+        assert until(lambda: children() <= before)
+        assert pair.uid == ""
+    finally:
+        pair.unload()
+
+
+def test_what_is_missing_is_named(tmp_path):
+    home = Home.at(tmp_path)
+    uid = finished_job(home, tmp_path / "gone")
+    with pytest.raises(JobError, match="no job"):
+        list(ChatPair(home).load("nothing"))
+    with pytest.raises(JobError, match="baseline model quantdeck/demo"):
+        list(ChatPair(home).load(uid))

@@ -1,0 +1,73 @@
+"""Every page builds, its form covers the schema, and nothing of it reaches for torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from backend.paths import Home
+from backend.schema import ALGORITHMS, SECTIONS, JobConfig, describe
+from ui.chat_pair import ChatPair
+from ui.draft import FIELDS
+from ui.fields import elem_id
+from ui.site import build_site
+
+ROOT = Path(__file__).parents[2]
+KINDS = {"bool": gr.Checkbox, "choice": gr.Radio, "int_choice": gr.Radio, "int": gr.Number, "float": gr.Number}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    home = Home.at(tmp_path_factory.mktemp("home"))
+    return build_site(home, ChatPair(home))
+
+
+def test_all_pages_are_there(site):
+    assert [path for path, *_ in site.pages] == ["", "new", "job", "compare", "chat"]
+
+
+def test_every_setting_has_a_control_with_help_and_unit(site):
+    controls = {block.elem_id: block for block in site.blocks.values() if str(block.elem_id).startswith("f-")}
+    models = [JobConfig, *ALGORITHMS.values(), *SECTIONS.values()]
+    assert len(FIELDS) == sum(len(describe(model)) for model in models) == len(controls)
+    for field in FIELDS:
+        control = controls[elem_id(field)]
+        assert field.spec.help and field.spec.help in control.info, field.key
+        assert field.spec.unit.lower() in control.label.lower(), field.key
+        assert isinstance(control, KINDS.get(field.spec.type, (gr.Textbox, gr.Dropdown, gr.CheckboxGroup))), field.key
+
+
+def test_bounds_are_told(site):
+    shown = next(b for b in site.blocks.values() if b.elem_id == "f-CALIBRATION-SEQUENCE_LENGTH")
+    assert "16 to 131,072" in shown.info
+
+
+def test_no_listener_is_a_public_endpoint(site):
+    public = [fn.api_name for fn in site.fns.values() if fn.api_visibility == "public"]
+    assert public == []
+
+
+def test_the_dashboard_does_not_import_torch(tmp_path):
+    program = (
+        "import sys, pathlib; from backend.paths import Home; from ui.server import create_app; "
+        f"create_app(Home.at({str(tmp_path)!r})); "
+        "from ui.draft import TEMPLATE, open_draft; from ui.review import review; "
+        f"draft = open_draft(TEMPLATE); found = review(Home.at({str(tmp_path)!r}), draft, draft.shown); "
+        "assert not found.problems, found.problems; "
+        "print(sorted({'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_backend_never_imports_gradio_and_ui_never_torch():
+    for folder, banned in (("backend", ("gradio",)), ("ui", ("torch", "transformers"))):
+        for path in (ROOT / folder).rglob("*.py"):
+            words = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if "import" in line]
+            names = [w[1].split(".")[0] for w in words if len(w) > 1 and w[0] in ("import", "from")]
+            assert not set(names) & set(banned), path

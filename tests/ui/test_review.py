@@ -1,0 +1,62 @@
+"""The review tells what a form will do, or what is wrong and at which control."""
+
+from __future__ import annotations
+
+import pytest
+
+from backend.jobs.store import JobStore
+from backend.paths import Home
+from backend.schema import parse_yaml
+from ui.draft import TEMPLATE, open_draft
+from ui.pages.new_job import as_markdown, messages_by_key
+from ui.review import model_html, review, review_html
+from ui.yamlview import yaml_html
+
+
+def looked_at(home: Home, text: str):
+    draft = open_draft(text)
+    return review(home, draft, draft.shown)
+
+
+def test_the_template_can_start(home):
+    found = looked_at(home, TEMPLATE)
+    assert found.problems == () and found.checked is not None
+    assert found.text == TEMPLATE
+    assert "What this job will do" in review_html(found)
+    assert not home.jobs_db.exists() or JobStore(home).jobs() == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "words"),
+    [
+        ('JOB_ID: "my-first-job"', 'JOB_ID: "../x"', "JOB_ID", "starts with a letter"),
+        ("Q_GROUP_SIZE: 128", "Q_GROUP_SIZE: 100", "llm.AutoAWQ.Q_GROUP_SIZE", "100"),
+        ('MODEL: "quantdeck/demo"', 'MODEL: "/etc"', "MODEL", "inside"),
+        ("DATA_PATH:", 'DATA_PATH: "/etc/passwd"', "DATA_PATH", "inside"),
+        ('SPLIT: "train"', 'SPLIT: "nothing"', "SPLIT", "nothing"),
+        ('TASK: "llm"', 'EVALUATION: {TASKS: ["../x.yaml"]}', "EVALUATION.TASKS", "task name"),
+    ],
+)
+def test_a_problem_stands_at_its_control(home, old, new, key, words):
+    found = looked_at(home, TEMPLATE.replace(old, new))
+    assert found.checked is None
+    assert words in messages_by_key(found.problems)[key]
+
+
+def test_a_taken_name_is_told_with_a_free_one(home):
+    JobStore(home).create(TEMPLATE, parse_yaml(TEMPLATE).config, device="cpu")
+    assert "my-first-job-2" in messages_by_key(looked_at(home, TEMPLATE).problems)["JOB_ID"]
+
+
+def test_what_was_typed_never_becomes_html(home):
+    evil = "<img src=x onerror=alert(1)>"
+    found = looked_at(home, TEMPLATE.replace("my-first-job", evil))
+    assert "<img" not in review_html(found) and "<img" not in yaml_html(found.text, evil, evil)
+    assert "<img" not in model_html(home, evil, "")
+    assert as_markdown("**a** <b> [x](y)") == r"\*\*a\*\* \<b\> \[x\]\(y\)"
+
+
+def test_comments_and_keys_are_told_apart():
+    html = yaml_html('# top\nKEY: "a # b"  # note\n', "x.yaml", "File")
+    assert "<i># top</i>" in html and "<i># note</i>" in html
+    assert "<b>KEY</b>: &quot;a # b&quot;" in html

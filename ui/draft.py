@@ -1,0 +1,162 @@
+"""Between the form's controls and a job file, without losing anything of the file.
+
+A draft is the text that was opened plus what the controls showed for it. Only controls that now show
+something else are written into the text, so unknown keys, comments, quotes, and even values that no control
+can show stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from backend.schema import ALGORITHMS, DEMO, SECTIONS, Document, FieldSpec, JobConfig, describe, parse_yaml
+
+TEMPLATE = f"""\
+# Model configuration
+MODEL: "{DEMO}"
+
+# Data configuration
+DATASET_NAME: "{DEMO}"
+DATASET_SUBNAME: ""
+TEXT_COLUMN: "text"
+SPLIT: "train"
+DATA_PATH:
+FORMAT_STRING:
+
+# Quantization configuration
+llm:
+  AutoAWQ:
+    ZERO_POINT: true
+    W_BIT: 4
+    Q_GROUP_SIZE: 128
+    VERSION: "GEMM"
+
+# Job configuration
+CUDA_ID: "0"
+ALGORITHM: "AutoAWQ"
+JOB_SERVICE: "Kompress"
+USER_FOLDER: "user_data"
+JOB_ID: "my-first-job"
+TASK: "llm"
+"""
+
+
+@dataclass(frozen=True)
+class FormField:
+    """One control of the form: where its value stands in the file, and what the schema says about it."""
+
+    path: tuple[str, ...]
+    spec: FieldSpec
+
+    @property
+    def key(self) -> str:
+        """Dotted path, as in error messages."""
+        return ".".join(self.path)
+
+
+def form_fields() -> tuple[FormField, ...]:
+    """Every setting of the schema, in the order of the file: top level, algorithms, our own sections."""
+    places: list[tuple[tuple[str, ...], type[BaseModel]]] = [((), JobConfig)]
+    places += [(("llm", name), model) for name, model in ALGORITHMS.items()]
+    places += [((name,), model) for name, model in SECTIONS.items()]
+    return tuple(FormField((*prefix, spec.key), spec) for prefix, model in places for spec in describe(model))
+
+
+FIELDS = form_fields()
+
+
+@dataclass(frozen=True, eq=False)  # each opened file is its own draft; Gradio hashes it to see that it changed
+class Draft:
+    """A job file in the form.
+
+    Attributes:
+        text: The file as it was opened.
+        shown: What each control of `FIELDS` showed for it.
+    """
+
+    text: str
+    shown: tuple[Any, ...]
+
+
+def open_draft(text: str) -> Draft:
+    """Read a file into the form; it may still have wrong values.
+
+    Raises:
+        ConfigError: If it is not YAML, too large, or not a mapping of keys.
+    """
+    values = parse_yaml(text).values
+    return Draft(text, tuple(to_control(field.spec, _lookup(values, field)) for field in FIELDS))
+
+
+def merge(draft: Draft, values: Sequence[Any]) -> Document:
+    """The draft's file with what was changed in the form since it was opened.
+
+    Args:
+        draft: What was opened.
+        values: The present values of the controls, in the order of `FIELDS`.
+    """
+    document = parse_yaml(draft.text)
+    for field, shown, value in zip(FIELDS, draft.shown, values, strict=True):
+        # A control that shows nothing where something must stand was never filled, e.g. for a value it cannot show.
+        unfilled = value is None and field.spec.type in ("choice", "int_choice")
+        if not unfilled and from_control(field.spec, value) != from_control(field.spec, shown):
+            document.set(field.path, from_control(field.spec, value))
+    return document
+
+
+def _lookup(values: Any, field: FormField) -> Any:
+    for key in field.path:
+        if not isinstance(values, dict) or key not in values:
+            return field.spec.default
+        values = values[key]
+    return field.spec.default if values is None or values == "" else values
+
+
+def to_control(spec: FieldSpec, value: Any) -> Any:
+    """A file's value as its control shows it; a value of a wrong kind shows as empty."""
+    if spec.type == "bool":
+        return value if isinstance(value, bool) else bool(spec.default)
+    if spec.type in ("choice", "int_choice"):
+        return value if value in spec.choices and not isinstance(value, bool) else None
+    if spec.type in ("int", "float"):
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if spec.type == "list" and spec.choices:
+        return [item for item in value if item in spec.choices] if isinstance(value, list) else []
+    if spec.type == "list":
+        return _list_text(value)
+    return "" if value is None else str(value)
+
+
+def from_control(spec: FieldSpec, value: Any) -> Any:
+    """A control's value as it is written into the file."""
+    if spec.type in ("int", "float"):
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+    if spec.type == "list":
+        if spec.choices:
+            return [choice for choice in spec.choices if choice in (value or [])]
+        text = str(value or "").strip()
+        return None if not text else [part.strip() for part in text.strip("[]").split(",") if part.strip()]
+    if spec.type == "str":
+        text = str(value or "")
+        text = text if spec.key == "FORMAT_STRING" else text.strip()
+        return text or None
+    return value
+
+
+def _list_text(value: Any) -> str:
+    """A list as one line, e.g. `arc_challenge:25, gsm8k:5:250`; `[]` for the empty list."""
+    if value is None:
+        return ""
+    items = value if isinstance(value, list) else [value]
+    return ", ".join(_task_text(item) for item in items) or "[]"
+
+
+def _task_text(item: Any) -> str:
+    if not isinstance(item, dict):
+        return str(item)
+    numbers = [item.get("NUM_FEWSHOT", 0), item.get("LIMIT")]
+    return ":".join(str(part) for part in (item.get("NAME", ""), *numbers) if part is not None)

@@ -1,0 +1,111 @@
+"""Builds the form's controls from the schema: one control per setting, with its help, unit and bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from ui.draft import FIELDS, FormField
+
+ROW = 2  # controls side by side
+
+
+def elem_id(field: FormField) -> str:
+    """The control's id in the page, e.g. `f-llm-AutoAWQ-W_BIT`."""
+    return "f-" + "-".join(field.path)
+
+
+def help_text(field: FormField) -> str:
+    """The setting's help with its bounds."""
+    spec = field.spec
+    bounds = ""
+    if spec.ge is not None and spec.le is not None and spec.le < 2**31:
+        bounds = f" {spec.ge:g} to {spec.le:,.0f}."
+    elif spec.ge is not None and spec.ge > 0:
+        bounds = f" At least {spec.ge:g}."
+    return spec.help + bounds
+
+
+def control(field: FormField, value: Any, suggestions: Sequence[tuple[str, str]] = ()) -> Component:
+    """The control of one setting.
+
+    Bounds are told but not enforced here: the schema checks them, so the message is the same everywhere.
+
+    Args:
+        field: The setting.
+        value: What it shows at first.
+        suggestions: (label, value) pairs to pick from; anything else can be typed as well.
+    """
+    spec = field.spec
+    told = not spec.unit or spec.label.lower().endswith(spec.unit)
+    label = spec.label if told else f"{spec.label} ({spec.unit})"
+    common: dict[str, Any] = {"label": label, "info": help_text(field), "elem_id": elem_id(field), "value": value}
+    if suggestions:
+        return gr.Dropdown(choices=list(suggestions), allow_custom_value=True, **common)
+    if spec.type == "bool":
+        return gr.Checkbox(**common)
+    if spec.type in ("choice", "int_choice"):
+        return gr.Radio(choices=[(str(choice), choice) for choice in spec.choices], **common)
+    if spec.type in ("int", "float"):
+        placeholder = "" if spec.default is not None or spec.required else "all"
+        return gr.Number(placeholder=placeholder, **common)
+    if spec.type == "list" and spec.choices:
+        return gr.CheckboxGroup(choices=list(spec.choices), **common)
+    return gr.Textbox(max_lines=1, **common)
+
+
+class Form:
+    """The controls of all settings, laid out section by section.
+
+    Args:
+        shown: First value of each control, in the order of `FIELDS`.
+        suggestions: Per dotted key, (label, value) pairs to pick from.
+    """
+
+    def __init__(self, shown: Sequence[Any], suggestions: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+        self._shown = dict(zip((f.key for f in FIELDS), shown, strict=True))
+        self._suggestions = suggestions
+        self.controls: dict[str, Any] = {}  # by dotted key
+
+    def section(self, name: str, *, advanced: bool | None = None, ignored: bool = False) -> None:
+        """Lay out the settings of a section; those already laid out are not repeated.
+
+        Args:
+            name: The section's name in the schema.
+            advanced: Only the advanced (True) or only the simple (False) ones; None for all.
+            ignored: Only those that no program reads (True), or only those that are read.
+        """
+        rows = [
+            f
+            for f in FIELDS
+            if f.spec.section == name and f.spec.ignored is ignored and advanced in (None, f.spec.advanced)
+        ]
+        self.place(rows)
+
+    def place(self, fields: Sequence[FormField]) -> None:
+        """Lay out the given settings, two in a row."""
+        fields = [f for f in fields if f.key not in self.controls]
+        for start in range(0, len(fields), ROW):
+            with gr.Row():
+                for field in fields[start : start + ROW]:
+                    self._add(field)
+
+    def one(self, key: str) -> Component:
+        """Lay out a single setting by its dotted key, over the whole width."""
+        return self._add(next(f for f in FIELDS if f.key == key))
+
+    def _add(self, field: FormField) -> Component:
+        made = control(field, self._shown[field.key], self._suggestions.get(field.key, ()))
+        self.controls[field.key] = made
+        return made
+
+    def ordered(self) -> list[Any]:
+        """All controls in the order of `FIELDS`.
+
+        Raises:
+            KeyError: If a setting of the schema was not laid out.
+        """
+        return [self.controls[field.key] for field in FIELDS]

@@ -1,0 +1,124 @@
+"""The frame that every page shares: header with navigation, titles, cards, notices, empty states.
+
+Everything here returns HTML as text. Whatever did not come from this package is passed through `esc`.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import gradio as gr
+
+PAGES = (
+    ("jobs", "Jobs", "/"),
+    ("new", "New job", "/new"),
+    ("compare", "Compare", "/compare"),
+    ("chat", "Chat", "/chat"),
+)
+
+_MARK = (
+    '<svg viewBox="0 0 24 24" width="22" height="22" aria-hidden="true">'
+    '<rect x="2" y="3" width="5" height="18" rx="1.5" fill="currentColor" opacity=".35"/>'
+    '<rect x="9.5" y="8" width="5" height="13" rx="1.5" fill="currentColor" opacity=".65"/>'
+    '<rect x="17" y="14" width="5" height="7" rx="1.5" fill="currentColor"/></svg>'
+)
+_HALF_MOON = (
+    '<svg viewBox="0 0 24 24" width="18" height="18" aria-hidden="true" fill="none" stroke="currentColor" '
+    'stroke-width="1.8"><circle cx="12" cy="12" r="8.2"/><path d="M12 3.8a8.2 8.2 0 0 1 0 16.4z" '
+    'fill="currentColor"/></svg>'
+)
+
+# Clicks on [data-act] buttons inside our HTML become Gradio click events that carry the button's data.
+ACTION_JS = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-act]');
+  if (!button || button.disabled) return;
+  event.preventDefault();
+  if (button.dataset.confirm && !window.confirm(button.dataset.confirm)) return;
+  button.disabled = true;
+  trigger('click', { act: button.dataset.act, uid: button.dataset.uid || '' });
+});
+"""
+
+
+def esc(value: object) -> str:
+    """`value` as text that is safe inside HTML content and quoted attributes."""
+    return html.escape(str(value), quote=True)
+
+
+@contextmanager
+def page(active: str) -> Iterator[None]:
+    """Opens a page: our header on top instead of Gradio's own navigation bar.
+
+    Args:
+        active: Key of the page in `PAGES` that the header marks; empty for none.
+    """
+    gr.Navbar(visible=False)
+    gr.HTML(header(active), elem_classes=["qd-header-block"])
+    with gr.Column(elem_classes=["qd-page"]):
+        yield
+
+
+def header(active: str) -> str:
+    """The top bar: brand, navigation and the switch between light and dark."""
+    links = "".join(
+        f'<a href="{path}"{" aria-current=page" if key == active else ""}>{label}</a>' for key, label, path in PAGES
+    )
+    return (
+        f'<header class="qd-header"><a class="qd-brand" href="/">{_MARK}<span>Quantdeck</span></a>'
+        f'<nav aria-label="Pages">{links}</nav>'
+        f'<button type="button" class="qd-icon" data-theme-toggle title="Switch between light and dark" '
+        f'aria-label="Switch between light and dark">{_HALF_MOON}</button></header>'
+    )
+
+
+def title(text: str, lead: str = "", right: str = "") -> str:
+    """A page's heading with one sentence below it; `lead` and `right` are HTML."""
+    below = f'<p class="qd-lead">{lead}</p>' if lead else ""
+    side = f'<div class="qd-actions">{right}</div>' if right else ""
+    return f'<div class="qd-title"><div><h1>{esc(text)}</h1>{below}</div>{side}</div>'
+
+
+def card(body: str, heading: str = "", *, classes: str = "") -> str:
+    """A bordered box; `body` is HTML, `heading` plain text."""
+    head = f"<h2>{esc(heading)}</h2>" if heading else ""
+    return f'<section class="qd-card {classes}">{head}{body}</section>'
+
+
+def notice(kind: str, heading: str, text: str = "") -> str:
+    """A message box of kind `info`, `warn`, `error` or `good`; `heading` and `text` are plain text."""
+    body = f"<p>{esc(text)}</p>" if text else ""
+    role = "alert" if kind == "error" else "status"
+    return f'<div class="qd-notice qd-{kind}" role="{role}"><strong>{esc(heading)}</strong>{body}</div>'
+
+
+def empty(heading: str, text: str, buttons: str = "") -> str:
+    """What a page shows while it has nothing to show: what will be here, and the way there."""
+    return (
+        f'<div class="qd-empty">{_MARK}<h2>{esc(heading)}</h2><p>{esc(text)}</p>'
+        f'<div class="qd-actions">{buttons}</div></div>'
+    )
+
+
+def link(text: str, href: str, kind: str = "secondary", **attributes: str) -> str:
+    """A link that looks like a button of kind `primary` or `secondary`."""
+    extra = "".join(f' {name.replace("_", "-")}="{esc(value)}"' for name, value in attributes.items())
+    return f'<a class="qd-button qd-{kind}" href="{esc(href)}"{extra}>{esc(text)}</a>'
+
+
+def action(text: str, act: str, uid: str, *, kind: str = "secondary", confirm: str = "") -> str:
+    """A button whose click reaches the page's Python handler through `ACTION_JS`."""
+    ask = f' data-confirm="{esc(confirm)}"' if confirm else ""
+    return (
+        f'<button type="button" class="qd-button qd-{kind}" data-act="{esc(act)}" data-uid="{esc(uid)}"{ask}>'
+        f"{esc(text)}</button>"
+    )
+
+
+def facts(rows: list[tuple[str, str]]) -> str:
+    """A list of names and values (both plain text)."""
+    return (
+        '<dl class="qd-facts">' + "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in rows) + "</dl>"
+    )

@@ -1,0 +1,226 @@
+"""Chat, `/chat?job=UID`: one message, two answers, from the baseline and from the quantized model.
+
+Both answers come from one generator: the browser would serve two listeners of one click one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from backend.errors import QuantdeckError
+from backend.jobs.store import JobStore
+from backend.paths import Home
+from ui.chat_pair import SIDES, ChatPair
+from ui.format import ago, significant, size
+from ui.layout import empty, esc, link, notice, page, title
+
+LEAD = (
+    "Ask both models the same thing, with the same sampling and random numbers. They answer at the same time and share "
+    "this machine, so each is slower than in the benchmark."
+)
+WORDS = {"baseline": "Baseline", "quantized": "Quantized"}
+
+
+def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
+    """Adds the page to `demo`."""
+    with page("chat"):
+        gr.HTML(title("Chat", LEAD))
+        nothing = gr.HTML(visible=False, elem_id="chat-empty")
+        with gr.Column(visible=False) as body:
+            with gr.Row(elem_classes=["qd-toolbar"]):
+                chosen = gr.Dropdown(label="Job", elem_id="chat-job", scale=5, min_width=320)
+                load = gr.Button("Load both models", variant="primary", elem_id="chat-load", min_width=170)
+                unload = gr.Button("Unload", elem_id="chat-unload", interactive=False, min_width=100)
+            said = gr.HTML(elem_id="chat-said")
+            with gr.Row(elem_classes=["qd-split"]):
+                heads, bots = {}, {}
+                for side in SIDES:
+                    with gr.Column(min_width=340):
+                        heads[side] = gr.HTML(head_html(side), elem_id=f"head-{side}")
+                        bots[side] = gr.Chatbot(
+                            show_label=False, height=420, buttons=["copy"], layout="panel", elem_id=f"chat-{side}",
+                            elem_classes=["qd-chat"], placeholder="Answers appear here.", feedback_options=None,
+                            allow_tags=False,
+                        )  # fmt: skip
+            with gr.Row(elem_classes=["qd-toolbar"]):
+                message = gr.Textbox(
+                    label="Message", placeholder="Ask both models", lines=1, max_lines=6, elem_id="message", scale=5,
+                    min_width=320,
+                )  # fmt: skip
+                send = gr.Button("Send", variant="primary", elem_id="send", min_width=100)
+                stop = gr.Button("Stop", elem_id="stop", interactive=False, min_width=90)
+                clear = gr.Button("Clear", elem_id="clear", min_width=90)
+            with gr.Accordion("Sampling", open=False):
+                with gr.Row():
+                    length = gr.Slider(1, 2048, 128, step=1, label="Longest answer (tokens)", elem_id="max-tokens")
+                    temperature = gr.Slider(
+                        0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest token."
+                    )
+                with gr.Row():
+                    top_p = gr.Slider(
+                        0.05, 1, 1, step=0.05, label="Top p", info="Draw from the likeliest tokens that sum to this."
+                    )
+                    seed = gr.Number(0, precision=0, label="Seed", info="Both models draw the same random numbers.")
+    history = gr.State([])  # turns: {"user", "baseline", "quantized"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def on_load(request: gr.Request) -> list[Any]:
+        jobs = [job for job in JobStore(home).jobs(states=("succeeded",)) if job.artefact]
+        if not jobs:
+            text = "Chat needs a job that has finished: it talks to the model before and after, side by side."
+            return [
+                gr.HTML(empty("No quantized model yet", text, link("New job", "/new", "primary")), visible=True),
+                *[gr.skip()] * 5,
+            ]
+        known = {job.uid for job in jobs}
+        asked = next((u for u in (request.query_params.get("job"), pair.uid) if u in known), jobs[0].uid)
+        choices = [(f"{job.job_id}, {job.model}, {ago(job.created_at)}", job.uid) for job in jobs]
+        loaded = pair.uid == asked
+        return [
+            gr.HTML(visible=False), gr.Column(visible=True), gr.Dropdown(choices=choices, value=asked),
+            gr.Button(interactive=loaded), *(head_html(side, _facts(pair, side) if loaded else "") for side in SIDES),
+        ]  # fmt: skip
+
+    def on_choose() -> list[Any]:
+        return [[], *([] for _ in SIDES), *(head_html(side) for side in SIDES), ""]
+
+    def loading(uid: str | None) -> Iterator[tuple[str, list[str]]]:
+        """Loads the pair; yields what to say and the heads of both panes."""
+        if not uid:
+            raise QuantdeckError("Choose a job first.")
+        for words in pair.load(uid):
+            yield notice("info", words), [head_html(side) for side in SIDES]
+        yield "", [head_html(side, _facts(pair, side)) for side in SIDES]
+
+    def on_load_models(uid: str | None) -> Iterator[list[Any]]:
+        try:
+            for words, panes in loading(uid):
+                yield [words, *panes, gr.Button(interactive=False), gr.skip()]
+            yield [
+                notice("good", "Both models are loaded"),
+                gr.skip(),
+                gr.skip(),
+                gr.Button(interactive=True),
+                gr.Button(interactive=True),
+            ]
+        except QuantdeckError as error:
+            yield [
+                notice("error", "The models were not loaded", error.message),
+                gr.skip(),
+                gr.skip(),
+                gr.Button(interactive=True),
+                gr.Button(interactive=bool(pair.uid)),
+            ]
+
+    def on_unload() -> list[Any]:
+        pair.unload()
+        return [
+            notice("info", "Both models were unloaded", "Their memory is free again."),
+            *(head_html(s) for s in SIDES),
+            gr.Button(interactive=False),
+        ]
+
+    def on_send(uid: str | None, text: str, turns: list[dict[str, str]], *sampling: Any) -> Iterator[list[Any]]:
+        """Yields: history, said, heads, panes, message, send, stop, unload."""
+        text = (text or "").strip()
+        idle = [gr.Button(interactive=True), gr.Button(interactive=False), gr.Button(interactive=bool(pair.uid))]
+        busy = [gr.Button(interactive=False), gr.Button(interactive=True), gr.Button(interactive=True)]
+        if not text:
+            yield [turns, notice("info", "Write a message first"), *[gr.skip()] * 5, *idle]
+            return
+        turn = {"user": text}
+        try:
+            for words, panes in loading(uid):
+                yield [turns, words, *panes, *(_shown([*turns, turn], side) for side in SIDES), "", *busy]
+            keys = ("max_new_tokens", "temperature", "top_p", "seed")
+            options = dict(zip(keys, (int(sampling[0]), *sampling[1:3], int(sampling[3] or 0)), strict=True))
+            states: tuple[Any, ...] = ({}, {})
+            for states in pair.answer(str(uid), *(_messages(turns, text, side) for side in SIDES), **options):
+                turn = {"user": text, **{side: state["text"] for side, state in zip(SIDES, states, strict=True)}}
+                panes = [head_html(side, _facts(pair, side, state)) for side, state in zip(SIDES, states, strict=True)]
+                yield [turns, "", *panes, *(_shown([*turns, turn], side) for side in SIDES), gr.skip(), *busy]
+        except QuantdeckError as error:
+            idle[2] = gr.Button(interactive=bool(pair.uid))
+            yield [
+                turns,
+                notice("error", "No answer", error.message),
+                gr.skip(),
+                gr.skip(),
+                *(_shown(turns, side) for side in SIDES),
+                text,
+                *idle,
+            ]
+            return
+        idle[2] = gr.Button(interactive=bool(pair.uid))
+        memory = {side: pair.memory(side) for side in SIDES}
+        panes = [head_html(s, _facts(pair, s, state, memory[s])) for s, state in zip(SIDES, states, strict=True)]
+        turns = [*turns, turn]
+        yield [turns, _errors(states), *panes, *(_shown(turns, side) for side in SIDES), gr.skip(), *idle]
+
+    def on_stop() -> None:
+        pair.stop()
+
+    both_heads, both_bots = list(heads.values()), list(bots.values())
+    sending: dict[str, Any] = {
+        "fn": on_send,
+        "inputs": [chosen, message, history, length, temperature, top_p, seed],
+        "outputs": [history, said, *both_heads, *both_bots, message, send, stop, unload],
+        "concurrency_id": "chat",
+        "concurrency_limit": 4,
+        **quiet,
+    }
+    demo.load(on_load, None, [nothing, body, chosen, unload, *both_heads], **quiet)
+    chosen.input(on_choose, None, [history, *both_bots, *both_heads, said], **quiet)
+    load.click(on_load_models, [chosen], [said, *both_heads, load, unload], **quiet)
+    unload.click(on_unload, None, [said, *both_heads, unload], **quiet)
+    send.click(**sending)
+    message.submit(**sending)
+    stop.click(on_stop, None, None, queue=False, **quiet)
+    clear.click(on_choose, None, [history, *both_bots, *both_heads, said], **quiet)
+
+
+def head_html(side: str, facts: str = "not loaded") -> str:
+    """The line above a pane: which model, and how fast and large it is."""
+    css = "qd-base" if side == "baseline" else "qd-quant"
+    return (
+        f'<div class="qd-pane-head"><strong class="{css}">{WORDS[side]}</strong>'
+        f'<span class="qd-muted qd-small" data-facts>{esc(facts)}</span></div>'
+    )
+
+
+def _facts(pair: ChatPair, side: str, state: dict[str, Any] | None = None, memory: int | None = None) -> str:
+    state = state or {}
+    words = []
+    if state.get("tokens_per_s"):
+        words.append(f"{significant(state['tokens_per_s'])} tokens/s")
+    if state.get("tokens"):
+        words.append(f"{state['tokens']} tokens")
+    if memory is not None:
+        words.append(f"peak memory {size(memory)}")
+    if not words:
+        info = pair.info(side)
+        words = [f"loaded in {info['load_s']:.1f} s" if "load_s" in info else "loaded", str(info.get("dtype", ""))]
+    return " · ".join(word for word in words if word)
+
+
+def _shown(turns: list[dict[str, str]], side: str) -> list[dict[str, str]]:
+    """A pane's messages."""
+    rows = []
+    for turn in turns:
+        rows.append({"role": "user", "content": turn["user"]})
+        if turn.get(side):
+            rows.append({"role": "assistant", "content": turn[side]})
+    return rows
+
+
+def _messages(turns: list[dict[str, str]], text: str, side: str) -> list[dict[str, str]]:
+    """What one model is asked: its own side of the conversation so far, and the new message."""
+    return [*_shown([turn for turn in turns if turn.get(side)], side), {"role": "user", "content": text}]
+
+
+def _errors(states: tuple[Any, ...]) -> str:
+    found = [(side, state["error"]) for side, state in zip(SIDES, states, strict=True) if state.get("error")]
+    return "".join(notice("error", f"{WORDS[side]}: no answer", message) for side, message in found)

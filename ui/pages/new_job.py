@@ -1,0 +1,223 @@
+"""New job, `/new`: the form made from the schema, beside a live review of the job file it makes.
+
+`/new?clone=UID` opens the settings of an existing job.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from backend.errors import ConfigError, ConfigErrors, QuantdeckError
+from backend.jobs import control
+from backend.paths import Home
+from backend.schema import DEMO, parse_yaml
+from backend.sources.models import list_models
+from ui.draft import FIELDS, TEMPLATE, Draft, FormField, open_draft
+from ui.fields import Form, help_text
+from ui.layout import notice, page, title
+from ui.review import Problem, command_html, model_html, review, review_html
+from ui.yamlview import yaml_html
+
+DATASETS = (("Built-in demo text", DEMO), ("wikitext (Hub)", "wikitext"))
+GO_TO_JOB = "(uid) => { if (uid) window.location.assign('/job?id=' + encodeURIComponent(uid)); }"
+
+
+def build(demo: gr.Blocks, home: Home) -> None:
+    """Adds the page to `demo`."""
+    models = [(f"{entry.id} ({entry.note})", entry.id) for entry in list_models(home)]
+    first = open_draft(TEMPLATE)
+    with page("new"):
+        gr.HTML(
+            title(
+                "New job",
+                "Choose a model, a text to calibrate on, and how to quantize. Each setting is a line of the job file.",
+            )
+        )
+        opened = gr.HTML(visible=False)
+        with gr.Row(elem_classes=["qd-split"]):
+            with gr.Column(scale=3, min_width=420):
+                form = Form(first.shown, {"MODEL": models, "DATASET_NAME": DATASETS})
+                facts = _form_sections(form)
+            with gr.Column(scale=2, min_width=340, elem_classes=["qd-side"]):
+                start = gr.Button("Start job", variant="primary", elem_id="start")
+                refused = gr.HTML(visible=False)
+                summary = gr.HTML(elem_id="review")
+                yaml = gr.HTML(elem_id="yaml")
+                command = gr.HTML()
+                with gr.Accordion("Open a YAML file", open=False, elem_id="import"):
+                    upload = gr.File(label="Job file", file_types=[".yaml", ".yml"], height=110, elem_id="yaml-file")
+                    pasted = gr.Textbox(label="or paste it here", lines=6, max_lines=14, elem_id="yaml-paste")
+                    fill = gr.Button("Fill the form from this text", elem_id="yaml-fill")
+    draft = gr.State(first)
+    wrong = gr.State({})  # what is written at which control
+    created = gr.Textbox(visible=False)
+    controls = form.ordered()
+    opening: dict[str, Any] = {
+        "outputs": [draft, opened, *controls],
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
+
+    def open_text(text: str, what: str) -> list[Any]:
+        """The form's values for a job file, with a line on what was opened."""
+        try:
+            found = open_draft(text)
+        except QuantdeckError as error:
+            return [
+                gr.skip(),
+                gr.HTML(notice("error", f"{what} was not opened", error.message), visible=True),
+                *_skips(),
+            ]
+        said = notice(
+            "good", f"{what} is in the form", "Comments and keys that Quantdeck does not know stay in the file."
+        )
+        return [found, gr.HTML(said, visible=True), *found.shown]
+
+    def on_load(request: gr.Request) -> list[Any]:
+        uid = request.query_params.get("clone")
+        try:
+            if uid:
+                return open_text(control.clone_text(home, uid), f"A copy of job {uid}")
+            text = control.with_free_name(home, parse_yaml(TEMPLATE)).dump()
+        except QuantdeckError as error:
+            return [
+                gr.skip(),
+                gr.HTML(notice("error", "The form starts empty", error.message), visible=True),
+                *_skips(),
+            ]
+        found = open_draft(text)
+        return [found, gr.skip(), *found.shown]
+
+    def on_upload(path: str | None) -> list[Any]:
+        if path is None:
+            return [gr.skip(), gr.skip(), *_skips()]
+        name = Path(path).name
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return [
+                gr.skip(),
+                gr.HTML(notice("error", f"{name} was not opened", "It is not UTF-8 text."), visible=True),
+                *_skips(),
+            ]
+        return open_text(text, name)
+
+    def on_paste(text: str) -> list[Any]:
+        return open_text(text or "", "The pasted file")
+
+    def on_change(now: Draft, before: dict[str, str], *values: Any) -> list[Any]:
+        found = review(home, now, values)
+        wrong = messages_by_key(found.problems)
+        marks = [mark(field, wrong.get(field.key), before.get(field.key)) for field in FIELDS]
+        shown = yaml_html(found.text, found.file_name, "Job file, as it will be saved")
+        return [review_html(found), shown, command_html(found), wrong, *marks]
+
+    def describe_model(model: str, custom_path: str) -> str:
+        return model_html(home, model, custom_path)
+
+    def on_start(now: Draft, *values: Any) -> tuple[Any, Any]:
+        found = review(home, now, values)
+        try:
+            if found.problems:
+                raise ConfigErrors([ConfigError(message, key=key) for _, key, message in found.problems])
+            return control.submit(home, found.text, confined=True).uid, gr.HTML(visible=False)
+        except QuantdeckError as error:
+            return "", gr.HTML(notice("error", "The job was not started", error.message), visible=True)
+
+    demo.load(on_load, None, **opening)
+    upload.upload(on_upload, [upload], **opening)
+    fill.click(on_paste, [pasted], **opening)
+    gr.on(
+        [demo.load, *(c.change for c in controls), draft.change],
+        on_change, [draft, wrong, *controls], [summary, yaml, command, wrong, *controls],
+        trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
+    )  # fmt: skip
+    gr.on(
+        [demo.load, form.controls["MODEL"].change, form.controls["CUSTOM_MODEL_PATH"].change],
+        describe_model, [form.controls["MODEL"], form.controls["CUSTOM_MODEL_PATH"]], [facts],
+        trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
+    )  # fmt: skip
+    start.click(
+        on_start, [draft, *controls], [created, refused], show_progress="minimal", api_visibility="private"
+    ).success(None, [created], None, js=GO_TO_JOB, api_visibility="private")
+
+
+def _form_sections(form: Form) -> gr.HTML:
+    """Lays out all settings; returns the place for the facts of the chosen model."""
+    with gr.Column(elem_classes=["qd-form"]):
+        _heading("Model", "What is quantized.")
+        form.one("MODEL")
+        facts = gr.HTML(elem_id="model-facts")
+        with gr.Accordion("A folder instead of a Hub model", open=False):
+            form.section("Model")
+    with gr.Column(elem_classes=["qd-form"]):
+        _heading(
+            "Calibration text", "What the model reads while its scales are chosen. Text like that of your use is best."
+        )
+        form.section("Dataset", advanced=False)
+        form.section("Calibration", advanced=False)
+        with gr.Accordion("Local data, format string, order", open=False):
+            form.section("Dataset")
+            form.section("Calibration")
+    with gr.Column(elem_classes=["qd-form"]):
+        _heading("Algorithm", "How the weights become smaller.")
+        form.section("Algorithm")
+        form.section("AutoAWQ", advanced=False)
+        with gr.Accordion("More", open=False):
+            form.section("AutoAWQ")
+    with gr.Column(elem_classes=["qd-form"]):
+        _heading("Measurements", "Taken from the baseline and from the saved result, in the same way, after saving.")
+        form.section("Evaluation", advanced=False)
+        with gr.Accordion("Perplexity text, window and batch", open=False):
+            form.section("Evaluation")
+        form.section("Benchmark", advanced=False)
+        with gr.Accordion("Benchmark lengths and repetitions", open=False):
+            form.section("Benchmark")
+    with gr.Column(elem_classes=["qd-form"]):
+        _heading("Job", "")
+        form.section("Job", advanced=False)
+        with gr.Accordion("Folders and fixed keys", open=False):
+            form.section("Job")
+        with gr.Accordion("Keys kept for other programs", open=False):
+            form.section("Job", ignored=True)
+    return facts
+
+
+def _heading(text: str, lead: str) -> None:
+    below = f"<p>{lead}</p>" if lead else ""
+    gr.HTML(f'<div class="qd-section"><h2>{text}</h2>{below}</div>')
+
+
+def _skips() -> list[Any]:
+    return [gr.skip() for _ in FIELDS]
+
+
+def messages_by_key(problems: Sequence[Problem]) -> dict[str, str]:
+    """What is wrong with each control, by the control's dotted key."""
+    texts: dict[str, str] = {}
+    for field, _, message in problems:
+        if field is not None:
+            texts[field.key] = f"{texts[field.key]} {message}" if field.key in texts else message
+    return texts
+
+
+def mark(field: FormField, now: str | None, before: str | None) -> Any:
+    """Puts a message in the place of a control's help, or the help back; nothing if it already stands there.
+
+    Gradio's own validators are not used: any later event that reads a control takes their message away.
+    """
+    if now == before:
+        return gr.skip()
+    if now is None:
+        return gr.update(info=help_text(field), elem_classes=[])
+    return gr.update(info=as_markdown(now), elem_classes=["qd-wrong"])
+
+
+def as_markdown(text: str) -> str:
+    """Plain text as Markdown that shows exactly that text; messages quote what was typed."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)

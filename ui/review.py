@@ -1,0 +1,175 @@
+"""What a form says about the job it describes: its YAML, what is wrong with it, and what it will make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from backend.errors import ConfigError, ConfigErrors, ModelError, QuantdeckError
+from backend.jobs.devices import describe_device
+from backend.jobs.preflight import Checked, check_job
+from backend.jobs.store import JobStore
+from backend.paths import Home
+from backend.schema import JobConfig
+from backend.sources.models import ModelFacts, model_facts, resolve_model
+from ui.draft import FIELDS, Draft, FormField, merge
+from ui.format import count, size
+from ui.layout import card, esc, facts, notice
+
+Problem = tuple[FormField | None, str, str]  # the control it belongs to, its key in the file, what is wrong
+
+
+@dataclass(frozen=True)
+class Review:
+    """A form, checked.
+
+    Attributes:
+        text: The YAML as it will be saved.
+        config: The settings, None if they are not valid.
+        problems: Everything that keeps the job from starting.
+        warnings: What is odd but allowed.
+        checked: What the checks against model, text and machine found; None if there are problems.
+    """
+
+    text: str
+    config: JobConfig | None
+    problems: tuple[Problem, ...]
+    warnings: tuple[str, ...]
+    checked: Checked | None
+
+    @property
+    def file_name(self) -> str:
+        """Name under which the job file is offered."""
+        return f"{self.config.JOB_ID}.yaml" if self.config else "job.yaml"
+
+
+def review(home: Home, draft: Draft, values: Sequence[Any]) -> Review:
+    """Check the form's present values; nothing is stored."""
+    document = merge(draft, values)
+    text = document.dump()
+    config = checked = None
+    problems: list[Problem] = []
+    try:
+        config = document.config
+        checked = check_job(config, home, confined=True)
+    except ConfigErrors as error:
+        problems = [_problem(item) for item in error.errors]
+    if config is not None and (free := JobStore(home).free_name(config)) != config.JOB_ID:
+        message = f"found {config.JOB_ID!r}, which another job has; {free!r} is free"
+        problems.append(_problem(ConfigError(message, key="JOB_ID")))
+    return Review(text, config, tuple(problems), tuple(document.warnings), None if problems else checked)
+
+
+def _problem(error: ConfigError) -> Problem:
+    return field_of(error.key), error.key, error.detail
+
+
+def field_of(key: str) -> FormField | None:
+    """The control that an error's key belongs to: the key itself, or the list it is an item of."""
+    return next((f for f in FIELDS if key == f.key or key.startswith(f.key + ".")), None)
+
+
+def review_html(found: Review) -> str:
+    """The review's text: problems or the forecast, then warnings."""
+    parts = []
+    if found.problems:
+        items = "".join(f"<li>{_named(problem)}</li>" for problem in found.problems)
+        many = "1 setting needs" if len(found.problems) == 1 else f"{len(found.problems)} settings need"
+        parts.append(
+            f'<div class="qd-notice qd-error" role="alert"><strong>{many} a change before this can start</strong>'
+            f"<ul>{items}</ul></div>"
+        )
+    elif found.checked is not None and found.config is not None:
+        parts.append(card(_forecast(found.config, found.checked), "What this job will do"))
+    if found.warnings:
+        items = "".join(f"<li>{esc(warning)}</li>" for warning in found.warnings)
+        parts.append(f'<div class="qd-notice qd-warn"><strong>Worth knowing</strong><ul>{items}</ul></div>')
+    return '<div style="display:grid;gap:14px">' + "".join(parts) + "</div>"
+
+
+def _named(problem: Problem) -> str:
+    field, key, message = problem
+    name = (
+        f"{esc(field.spec.label)} (<code>{esc(key)}</code>)"
+        if field
+        else f"<code>{esc(key)}</code>"
+        if key
+        else "The file"
+    )
+    return f"<b>{name}</b>: {esc(message)}"
+
+
+def _forecast(config: JobConfig, checked: Checked) -> str:
+    settings = config.algorithm_settings
+    path = checked.model.path
+    baseline = _facts(str(path)).weight_bytes if path else None
+    predicted = size(checked.predicted_bytes)
+    if baseline and checked.predicted_bytes:
+        predicted += f", {100 * checked.predicted_bytes / baseline:.0f} % of {size(baseline)}"
+    measures = ["quality"] if config.EVALUATION.ENABLED else []
+    measures += ["speed", "memory"] if config.BENCHMARK.ENABLED else []
+    rows = [
+        ("Device", describe_device(checked.device)),
+        ("Weights", f"{settings.W_BIT} bits, groups of {settings.Q_GROUP_SIZE}"),
+        ("Size on disk", predicted if checked.predicted_bytes else "known after the download"),
+        ("Calibration", f"{config.CALIBRATION.SAMPLES} x {config.CALIBRATION.SEQUENCE_LENGTH} tokens"),
+        ("Measured after", ", ".join(["size", *measures])),
+        ("Saved in", f"{config.USER_FOLDER}/jobs/{config.JOB_SERVICE}/{config.JOB_ID}"),
+    ]
+    notes = "".join(f'<p class="qd-muted qd-small" style="margin:10px 0 0">{esc(note)}</p>' for note in checked.notes)
+    return facts(rows) + notes
+
+
+def command_html(found: Review) -> str:
+    """The command line that runs the same job in a terminal."""
+    name = found.file_name
+    return (
+        '<p class="qd-muted qd-small" style="margin:0 0 4px">'
+        f"The same job from a terminal, with this YAML saved as {esc(name)}:</p>"
+        f'<pre class="qd-log">python -m backend run {esc(name)}</pre>'
+    )
+
+
+def model_html(home: Home, model: str, custom_path: str) -> str:
+    """What the chosen model is, or why that cannot be told."""
+    if not (model or custom_path or "").strip():
+        return notice("info", "Choose a model", "The built-in demo model needs no download and no GPU.")
+    probe = JobConfig.model_construct(
+        MODEL=(model or "").strip(), CUSTOM_MODEL_PATH=(custom_path or "").strip() or None
+    )
+    try:
+        source = resolve_model(probe, home, confined=True)
+        if source.path is None:
+            return notice(
+                "info", f"{source.id} comes from the Hugging Face Hub", "It is downloaded when the job starts."
+            )
+        found = _facts(str(source.path))
+    except ConfigErrors as error:
+        return notice("error", "This model cannot be used", error.errors[0].detail)
+    except QuantdeckError as error:
+        return notice("error", "This model cannot be used", error.message)
+    return facts(
+        [
+            ("Architecture", found.architecture),
+            ("Layers", str(found.layers)),
+            ("Hidden size", f"{found.hidden_size:,}"),
+            ("Vocabulary", f"{found.vocab_size:,}"),
+            ("Parameters", count(found.parameters)),
+            ("Weights", f"{size(found.weight_bytes)}, {found.dtype}"),
+        ]
+    )
+
+
+@lru_cache(maxsize=32)
+def _cached_facts(folder: str, stamp: int) -> ModelFacts:
+    return model_facts(Path(folder))
+
+
+def _facts(folder: str) -> ModelFacts:
+    if not Path(folder).is_dir():
+        raise ModelError(f"There is no folder {folder}.")
+    # Reading every header takes a moment for large models; the folder's time of change keeps the cache honest.
+    return _cached_facts(folder, Path(folder).stat().st_mtime_ns)

@@ -1,0 +1,25 @@
+"""Puts the pages together into one Gradio application."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from backend.paths import Home
+from ui.chat_pair import ChatPair
+from ui.pages import chat, compare, job, jobs, new_job
+
+
+def build_site(home: Home, pair: ChatPair) -> gr.Blocks:
+    """All pages: `/` jobs, `/new`, `/job?id=`, `/compare?jobs=`, `/chat?job=`."""
+    with gr.Blocks(title="Quantdeck", analytics_enabled=False) as demo:
+        jobs.build(demo, home)
+    with demo.route("New job", "new", show_in_navbar=False):
+        new_job.build(demo, home)
+    with demo.route("Job", "job", show_in_navbar=False):
+        job.build(demo, home)
+    with demo.route("Compare", "compare", show_in_navbar=False):
+        compare.build(demo, home)
+    with demo.route("Chat", "chat", show_in_navbar=False):
+        chat.build(demo, home, pair)
+    demo.queue(default_concurrency_limit=8, max_size=200)
+    return demo
