@@ -51,12 +51,14 @@ def load_model(
             for prefix in _packed_prefixes(files):
                 _place_packed(model, prefix, reader, expected, quantization, dtype, device)
         for name, target in expected.items():
+            if name == tied:
+                continue
             if name in reader.unread:
                 _place(model, name, reader.take(name), target, dtype, device)
-            elif name != tied:
+            else:
                 raise CheckpointError(f"{folder}: tensor {name} of {type(model).__name__} is in none of its files.")
-        if tied in reader.unread and tied is not None:
-            reader.take(tied)
+        if tied is not None and tied in reader.unread:
+            _check_copy(folder, reader.take(tied).to(device, dtype), model)
         if reader.unread:
             names = sorted(reader.unread)
             raise CheckpointError(
@@ -157,7 +159,7 @@ def _place_packed(
     if target is None or missing or not isinstance(model.get_submodule(prefix), nn.Linear):
         reason = f"lacks {', '.join(missing)}" if missing else "is no Linear of this architecture"
         raise CheckpointError(f"Packed weight {prefix} {reason}; the checkpoint is incomplete or of another model.")
-    tensors = {part: reader.take(f"{prefix}.{part}") for part in PACKED_PARTS}
+    tensors = {part: reader.take(f"{prefix}.{part}").to(device) for part in PACKED_PARTS}
     weight = unpack(tensors, quantization["version"], quantization["group_size"])
     if weight.q.shape != target.shape:
         raise CheckpointError(f"{prefix} unpacks to {tuple(weight.q.shape)}; the model needs {tuple(target.shape)}.")
@@ -181,6 +183,16 @@ def _place(
     if isinstance(target, nn.Parameter):
         data = nn.Parameter(data, requires_grad=False)
     setattr(model.get_submodule(parent), leaf, data)
+
+
+def _check_copy(folder: Path, head: Tensor, model: PreTrainedModel) -> None:
+    """Some checkpoints with a tied head store the embeddings twice; two different ones are a contradiction."""
+    embeddings = model.get_input_embeddings().weight
+    if not isinstance(embeddings, Tensor) or not torch.equal(head, embeddings):
+        raise CheckpointError(
+            f"{folder}: lm_head.weight differs from the embeddings, but config.json says tie_word_embeddings; "
+            "set it to false to keep both."
+        )
 
 
 def _tied_head(model: PreTrainedModel) -> str | None:

@@ -140,7 +140,7 @@ class Runner:
         Returns:
             Its resource usage (`resource.struct_rusage`).
         """
-        log.info("stage %s: %s", label, " ".join(command))
+        log.info("stage %s: %s", label, command[2])
         events_file = self.run_dir / "events.jsonl"
         cursor = events_file.stat().st_size if events_file.exists() else 0
         log_start = self.log_file.stat().st_size

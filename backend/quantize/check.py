@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from backend.errors import CheckpointError, ModelError
 from backend.formats.config import read_config_json
 from backend.formats.headers import read_headers
@@ -23,12 +25,17 @@ def check_model(model_dir: Path | str, settings: AwqSettings) -> None:
         ModelError: If the architecture or a width is not supported, or the model is quantized already.
         CheckpointError: If weight files are missing, broken, or do not fit config.json.
     """
-    raw = read_config_json(model_dir)
-    if raw.get("quantization_config"):
+    checked_architecture(Path(model_dir), settings, torch.bfloat16)
+
+
+def checked_architecture(model_dir: Path, settings: AwqSettings, dtype: torch.dtype) -> Architecture:
+    """The module tree of a model that passes `check_model`, its parameters typed `dtype` on the meta device."""
+    if read_config_json(model_dir).get("quantization_config"):
         raise ModelError(f"{model_dir} is quantized already; give the 16-bit model it was made from.")
-    architecture = describe(read_config(model_dir))
-    check_tensors(Path(model_dir), architecture)
+    architecture = describe(read_config(model_dir), dtype)
+    check_tensors(model_dir, architecture)
     check_widths(architecture, settings)
+    return architecture
 
 
 def check_tensors(model_dir: Path, architecture: Architecture) -> None:

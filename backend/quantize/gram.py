@@ -26,8 +26,9 @@ class Gram:
 
     def add(self, x: Tensor) -> None:
         """Add a part of X, (..., width). Products and sums are float32 whatever the type of x."""
-        part = x.reshape(-1, x.shape[-1]).float()
-        self._abs += part.abs().sum(0)
+        part = x.reshape(-1, x.shape[-1])
+        self._abs += part.abs().sum(0, dtype=torch.float32)
+        part = part.float()
         for a, b in self._blocks:  # block rows of the upper triangle
             self._sum[a:b, a:].addmm_(part[:, a:b].T, part[:, a:])
         self.tokens += part.shape[0]

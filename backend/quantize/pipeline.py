@@ -8,13 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backend.errors import ModelError
 from backend.formats.config import read_config_json
 from backend.formats.headers import read_headers
 from backend.formats.size import artefact_order, drop_tied_head
-from backend.formats.skeleton import read_config
-from backend.quantize.architecture import describe
-from backend.quantize.check import check_tensors, check_widths
+from backend.quantize.check import checked_architecture
 from backend.quantize.layer import Writer, quantize_layer
 from backend.quantize.settings import AwqSettings, LayerReport, QuantizationReport
 from backend.quantize.stream import LayerStream, WeightFiles, best_dtype
@@ -56,19 +53,16 @@ def quantize_awq(
     stage = on_stage or (lambda name: None)
     stage("check")
     folder, device = Path(model_dir), torch.device(device)
-    raw = read_config_json(folder)
-    if raw.get("quantization_config"):
-        raise ModelError(f"{folder} is quantized already; give the 16-bit model it was made from.")
     dtype = dtype or best_dtype(device)
-    architecture = describe(read_config(folder), dtype)
-    check_tensors(folder, architecture)
-    check_widths(architecture, settings)
+    architecture = checked_architecture(folder, settings, dtype)
     report = QuantizationReport(tokens=tokens.numel(), device=str(device), compute_dtype=str(dtype).split(".")[1])
     weights = WeightFiles(folder)
     writer.declare_quantization(
         bits=settings.bits, group_size=settings.group_size, modules_to_not_convert=settings.modules_to_not_convert
     )
-    outside = [t.name for t in drop_tied_head(read_headers(folder), raw) if artefact_order(t.name)[0] < 0]
+    outside = [
+        t.name for t in drop_tied_head(read_headers(folder), read_config_json(folder)) if artefact_order(t.name)[0] < 0
+    ]
     for name in sorted(outside, key=artefact_order):
         writer.add(name, weights.read([name], torch.device("cpu"), None)[name])
 

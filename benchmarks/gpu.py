@@ -1,0 +1,223 @@
+"""The int4 core on a CUDA machine: checks against float64, then times. Needs torch, transformers, safetensors.
+
+    sh benchmarks/gpu.sh [--small] [--device cuda:0]
+
+Makes random Llama-shaped models in a temporary folder, quantizes them on the GPU, reads the artefacts back, and
+compares packing, products, logits and speed with 16-bit references. The last lines are a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+try:
+    import safetensors
+    import torch
+    import transformers
+except ImportError as error:
+    print(f"benchmarks.gpu needs torch, transformers and safetensors: {error}.", file=sys.stderr)
+    sys.exit(2)
+
+from backend.formats.autoawq import pack, unpack
+from backend.formats.int4_kernels import kernel_for
+from backend.formats.loader import load_model
+from backend.formats.packed_linear import PackedInt4Linear
+from backend.formats.size import weight_bytes
+from backend.formats.skeleton import build_skeleton
+from backend.formats.weight import QuantizedWeight
+from backend.formats.writer import CheckpointWriter
+from backend.quantize import AwqSettings, QuantizationReport, quantize_awq
+from benchmarks.decode import SHAPES, compare
+
+SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+}
+LARGE = SHAPES["1.1B (2048 wide, 22 layers)"]
+SAMPLES, LENGTH = 128, 512
+OUTPUT_TOLERANCE = 6e-3  # bfloat16 scales, shifts, products and outputs, relative Frobenius norm
+LOGIT_TOLERANCE = 3e-2  # the same through all layers
+CODE_TOLERANCE = 2e-2  # share of codes that another order of sums may round the other way
+
+
+@dataclass
+class Results:
+    """Rows of the final table and the checks that failed."""
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: str) -> None:
+        """One row; also printed at once, as progress."""
+        self.rows.append((name, value))
+        print(f"  {name}: {value}", flush=True)
+
+    def check(self, name: str, value: float, limit: float) -> None:
+        """One row with a limit."""
+        passed = value <= limit
+        self.add(name, f"{value:.2e} (limit {limit:.0e}) {'ok' if passed else 'FAILED'}")
+        if not passed:
+            self.failures.append(name)
+
+
+def make_model(folder: Path, shape: dict[str, int]) -> Path:
+    """A random bfloat16 checkpoint, written tensor by tensor."""
+    config = transformers.LlamaConfig(**shape, max_position_embeddings=2048, tie_word_embeddings=False)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder / "config")
+    writer = CheckpointWriter(folder / "model", folder / "config", dtype="bfloat16")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in build_skeleton(config, torch.bfloat16).named_parameters():
+        value = torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator)
+        writer.add(name, (value * 10).exp() if "norm" in name else value)
+    return writer.finish()
+
+
+def quantize(
+    source: Path, out: Path, device: str, version: str = "GEMM", samples: int = SAMPLES
+) -> tuple[Path, QuantizationReport, float]:
+    """Quantize with random calibration tokens; the artefact, the report and the seconds it took."""
+    vocabulary = load_vocabulary(source)
+    tokens = torch.randint(0, vocabulary, (samples, LENGTH), generator=torch.Generator().manual_seed(1))
+    began = time.perf_counter()
+    writer = CheckpointWriter(out, source, version=version)
+    report = quantize_awq(source, tokens, AwqSettings(), writer, device=device, dtype=torch.bfloat16)
+    return writer.finish(), report, time.perf_counter() - began
+
+
+def load_vocabulary(source: Path) -> int:
+    """Number of tokens that a model knows."""
+    return int(transformers.AutoConfig.from_pretrained(source).vocab_size)
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative Frobenius error."""
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def check_kernels(results: Results, device: str) -> None:
+    """Packing round trips and products of single Linears against float64."""
+    kernel = kernel_for(torch.device(device))
+    results.add("packed int4 kernel", f"tile {kernel.tile}" if kernel else "none: falls back to dequantising")
+    generator = torch.Generator().manual_seed(2)
+    lost = 0
+    for out, width, group_size in ((512, 512, 128), (1536, 512, 64), (256, 2048, 32), (40, 96, 32)):
+        groups = width // group_size
+        weight = QuantizedWeight(
+            torch.randint(0, 16, (out, width), generator=generator, dtype=torch.uint8).to(device),
+            (torch.rand(out, groups, generator=generator) * 0.01 + 0.001).half().to(device),
+            torch.randint(0, 16, (out, groups), generator=generator, dtype=torch.uint8).to(device),
+        )
+        for version in ("GEMM", "GEMV"):
+            back = unpack(pack(weight, version), version, group_size)
+            same = all(torch.equal(getattr(back, f), getattr(weight, f)) for f in ("q", "scale", "zero"))
+            lost += 0 if same else 1
+        linear = PackedInt4Linear(weight, device=device)
+        for rows in (1, 7, 16, 200):
+            x = torch.randn(rows, width, generator=generator).to(device, torch.bfloat16)
+            exact = x.double() @ weight.dequantize(torch.float64).T
+            results.check(
+                f"product {out}x{width} g{group_size}, {rows} rows", relative(linear(x), exact), OUTPUT_TOLERANCE
+            )
+    results.check("GEMM/GEMV round trips lost", lost, 0)
+
+
+@torch.inference_mode()
+def check_small(results: Results, folder: Path, device: str) -> None:
+    """A small model: both layouts, CPU against CUDA, packed against dense logits."""
+    source = make_model(folder, SMALL)
+    gemm, report, _ = quantize(source, folder / "gemm", device, samples=16)
+    gemv, _, _ = quantize(source, folder / "gemv", device, "GEMV", samples=16)
+    on_cpu, cpu_report, _ = quantize(source, folder / "cpu", "cpu", samples=16)
+    worse = sum(layer.relative_error > layer.rtn_relative_error for layer in report.layers)
+    results.check("layers worse than plain rounding", worse, 0)
+    drift = max(
+        abs(a.relative_error / b.relative_error - 1) for a, b in zip(report.layers, cpu_report.layers, strict=True)
+    )
+    results.check("layer errors, CUDA against CPU", drift, CODE_TOLERANCE)
+    ids = torch.randint(0, SMALL["vocab_size"], (2, 64), generator=torch.Generator().manual_seed(3)).to(device)
+    models = {name: load_model(path, device) for name, path in (("gemm", gemm), ("gemv", gemv), ("cpu", on_cpu))}
+    logits = {name: model(ids).logits for name, model in models.items()}
+    results.check("logits, GEMV against GEMM", relative(logits["gemv"], logits["gemm"]), 1e-6)
+    dense = load_model(gemm, device)
+    for name, module in list(dense.named_modules()):
+        if isinstance(module, PackedInt4Linear):
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=False, device=device)
+            linear.weight = torch.nn.Parameter(module.dequantize(), requires_grad=False)
+            dense.set_submodule(name, linear)
+    results.check("logits, prompt path", relative(logits["gemm"], dense(ids).logits), LOGIT_TOLERANCE)
+    results.check("logits, decode path", relative(models["gemm"](ids[:1, :1]).logits, dense(ids[:1, :1]).logits), LOGIT_TOLERANCE)  # fmt: skip  # noqa: E501
+
+
+def time_model(results: Results, folder: Path, device: str, shape: dict[str, int], name: str) -> None:
+    """Quantization time and memory, and decode speed from the artefact on disk."""
+    source = make_model(folder, shape)
+    torch.cuda.reset_peak_memory_stats(device)
+    out, report, seconds = quantize(source, folder / "out", device)
+    forward = sum(layer.calibrate_s for layer in report.layers)
+    results.add(f"{name}: quantize", f"{seconds:.1f} s for {report.tokens} tokens ({forward:.1f} s forward and Gram)")
+    results.add(f"{name}: peak GPU memory", f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
+    results.add(f"{name}: weight files", f"{weight_bytes(source) / 1e6:.0f} MB -> {weight_bytes(out) / 1e6:.0f} MB")
+    speed = compare(load_model(source, device), load_model(out, device), tokens=64, repetitions=5)
+    results.add(
+        f"{name}: decode, batch 1",
+        f"bf16 {1 / speed['bf16_s']:.1f} tok/s, int4 {1 / speed['int4_s']:.1f} tok/s, "
+        f"{speed['ratio']:.2f}x ({speed['low']:.2f}..{speed['high']:.2f})",
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="skip the 1.1B model")
+    parser.add_argument("--device", default="cuda:0")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(
+            "No CUDA device is available to torch here; this benchmark measures nothing without one.", file=sys.stderr
+        )
+        return 3
+    device = arguments.device
+    torch.cuda.set_device(device)
+    results = Results()
+    parts: list[tuple[str, Callable[[Path], None]]] = [
+        ("kernels", lambda folder: check_kernels(results, device)),
+        ("small model", lambda folder: check_small(results, folder, device)),
+        ("small model, times", lambda folder: time_model(results, folder, device, SMALL, "small")),
+    ]
+    if not arguments.small:
+        parts.append(("1.1B model", lambda folder: time_model(results, folder, device, LARGE, "1.1B")))
+    for title, part in parts:
+        print(title, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            part(Path(folder))
+        torch.cuda.empty_cache()
+    print_table(results, device)
+    return 1 if results.failures else 0
+
+
+def print_table(results: Results, device: str) -> None:
+    """Everything once more, with what it was measured on."""
+    properties = torch.cuda.get_device_properties(device)
+    width = max(len(name) for name, _ in results.rows)
+    print(f"\n{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {properties.name}, ", end="")
+    print(f"{properties.total_memory / 2**30:.0f} GiB, compute {properties.major}.{properties.minor}, ", end="")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
+    print(f"safetensors {safetensors.__version__}")
+    for name, value in results.rows:
+        print(f"{name:<{width}}  {value}")
+    print(f"{len(results.failures)} checks failed" + "".join(f"\n  {name}" for name in results.failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

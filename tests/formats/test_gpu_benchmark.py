@@ -1,0 +1,37 @@
+"""The script for CUDA machines must not rot on machines without one: its checks also run on CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from backend.paths import PROJECT
+from benchmarks.gpu import Results, check_kernels
+
+
+def test_checks_pass_on_cpu() -> None:
+    results = Results()
+    check_kernels(results, "cpu")
+    assert results.failures == []
+    assert len(results.rows) > 10
+
+
+def test_a_value_beyond_its_limit_is_a_failure() -> None:
+    results = Results()
+    results.check("good", 1.0, 1.0)
+    results.check("bad", 1.1, 1.0)
+    results.check("nonsense", float("nan"), 1.0)
+    assert results.failures == ["bad", "nonsense"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_says_that_there_is_no_device() -> None:
+    script = PROJECT / "benchmarks" / "gpu.sh"
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(["sh", str(script)], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 3
+    assert "No CUDA device" in done.stderr
