@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from backend.errors import EngineError
 from backend.paths import PROJECT
+from backend.process import QUIET_THREADS
 
 START_TIMEOUT_S = 1800.0
 """A model of tens of GB from a slow disk may take many minutes to load."""
@@ -190,6 +191,7 @@ class ModelProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             cwd=PROJECT,
+            env={**os.environ, **QUIET_THREADS},
             text=True,
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C in the terminal is for us; the child ends with our end of the pipe

@@ -15,6 +15,7 @@ from backend.evaluate.tasks import check_tasks
 from backend.files import write_json
 from backend.jobs.devices import choose_device, device_environment, torch_device
 from backend.paths import PROJECT, Home
+from backend.process import QUIET_THREADS
 from backend.schema import DEMO
 from backend.schema.measurement import parse_task
 from backend.sources.texts import TextSource, read_rows
@@ -89,7 +90,7 @@ def evaluate_folder(
 
 
 def _environment(device: str) -> dict[str, str]:
-    return {**os.environ, **device_environment(device), "TQDM_DISABLE": "1"}
+    return {**os.environ, **device_environment(device), **QUIET_THREADS, "TQDM_DISABLE": "1"}
 
 
 def _reason(output: bytes) -> str:

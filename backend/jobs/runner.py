@@ -24,7 +24,7 @@ from backend.jobs.events import read_events, read_lines
 from backend.jobs.stages import STAGES, Run, Stage
 from backend.jobs.store import Job, JobStore
 from backend.paths import PROJECT, Home
-from backend.process import PARENT_VARIABLE, adopt_orphans, end_tree, hold_lock
+from backend.process import PARENT_VARIABLE, QUIET_THREADS, adopt_orphans, end_tree, hold_lock
 from backend.schema import parse_yaml
 
 POLL_S = 0.2
@@ -147,6 +147,7 @@ class Runner:
         environment = {
             **os.environ,
             **device_environment(self.job.device),
+            **QUIET_THREADS,
             PARENT_VARIABLE: str(os.getpid()),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
