@@ -125,7 +125,7 @@ def test_reused_baseline_is_dated_but_speed_is_not() -> None:
 
 
 def test_what_pages_import_does_not_import_torch() -> None:
-    modules = "report, cache, tasks, speed, worker, events"
+    modules = "report, cache, tasks, speed, worker"
     code = (
         f"import sys; from backend.evaluate import {modules}; import backend.chat.client, backend.chat.side_by_side; "
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
