@@ -172,7 +172,7 @@ def train(arguments: argparse.Namespace) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = arguments.learning_rate * learning_rate(step, steps)
+            group["lr"] = arguments.learning_rate * learning_rate(step, STEPS)
         optimizer.step()
         optimizer.zero_grad()
         seen += batch[:, 1:].numel()
