@@ -1,4 +1,4 @@
-"""Small file helpers of the evaluation: atomic JSON and content digests."""
+"""Small file helpers: requests, JSON written whole or not at all, content digests."""
 
 from __future__ import annotations
 
