@@ -59,6 +59,15 @@ def required(request: Mapping[str, Any], key: str) -> Any:
     return request[key]
 
 
+def sync_path(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:

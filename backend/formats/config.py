@@ -12,6 +12,8 @@ from backend.errors import ModelError
 # Keys that make transformers import code from the model's folder or from a hub.
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "_experts_implementation_internal", "custom_pipelines")
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Keys that count the experts of a mixture."""
 BUILT_IN_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flex_attention")
 
 

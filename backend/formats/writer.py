@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backend.errors import CheckpointError, ConfigError
+from backend.files import sync_path
 from backend.formats.autoawq import VERSIONS, pack, quantization_config
 from backend.formats.headers import INDEX_FILE, SINGLE_FILE, encode_header
 from backend.formats.size import MAX_SHARD_BYTES
@@ -154,7 +155,7 @@ class CheckpointWriter:
             if (self.source_dir / name).is_file():
                 shutil.copyfile(self.source_dir / name, self.out_dir / name)
         _write_json(self.out_dir / "config.json", self._config())
-        _sync_folder(self.out_dir)
+        sync_path(self.out_dir)
         return self.out_dir
 
     def _config(self) -> dict[str, Any]:
@@ -177,11 +178,3 @@ def _write_json(path: Path, value: Any) -> None:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -71,10 +71,7 @@ def cancel(home: Home, uid: str) -> Job:
 
 def clone_text(home: Home, uid: str) -> str:
     """The YAML of a job with a JOB_ID that is free, everything else untouched."""
-    store = JobStore(home)
-    document = parse_yaml(store.get(uid).config_yaml)
-    document.set(("JOB_ID",), store.free_name(document.config))
-    return document.dump()
+    return with_free_name(home, parse_yaml(JobStore(home).get(uid).config_yaml)).dump()
 
 
 def with_free_name(home: Home, document: Document) -> Document:

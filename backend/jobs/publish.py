@@ -8,17 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import JobError
-from backend.files import sha256_file
+from backend.files import sha256_file, sync_path
 
 MANIFEST = "quantdeck_manifest.json"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def publish(staging: Path, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -39,12 +31,12 @@ def publish(staging: Path, target: Path, facts: dict[str, Any]) -> dict[str, Any
     manifest = {**facts, "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files}}
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in (*files, staging / MANIFEST, staging):
-        _sync(path)
+        sync_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         raise JobError(f"{target} already exists; the finished model stays in {staging}, nothing was overwritten")
     os.rename(staging, target)
-    _sync(target.parent)
+    sync_path(target.parent)
     return manifest
 
 

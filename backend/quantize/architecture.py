@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from backend.errors import ModelError
+from backend.formats.config import EXPERT_KEYS
 from backend.formats.skeleton import build_skeleton
 
 SUPPORTED = (
@@ -18,7 +19,6 @@ SUPPORTED = (
 LAYERS = "model.layers"
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
-EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from backend.errors import ConfigError, ModelError
-from backend.formats.config import read_config_json
+from backend.formats.config import EXPERT_KEYS, read_config_json
 from backend.formats.headers import TensorInfo, read_headers
 from backend.formats.size import LAYER, is_quantized_linear
 
 GROUP_SIZES = (128, 64, 32)
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 SUPPORTED = "Supported are dense decoder-only models like Llama, Mistral, Qwen2 and Qwen3"
 
 
