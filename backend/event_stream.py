@@ -49,9 +49,13 @@ class EventWriter:
             self._stream.write(line + "\n")
             self._stream.flush()
 
+    def note(self, **event: Any) -> None:
+        """Write an event with the present time and these keys."""
+        self.send({"t": time.time(), **event})
+
     def progress(self, stage: str, step: int, total: int, message: str) -> None:
         """Write a progress event: `step` of `total` units of `stage` are done."""
-        self.send({"t": time.time(), "stage": stage, "step": step, "total": total, "message": message})
+        self.note(stage=stage, step=step, total=total, message=message)
 
     def error(self, error: Exception, message: str) -> None:
         """Write the failure that ends the process, with the name of its type."""

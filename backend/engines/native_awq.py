@@ -9,21 +9,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from backend.jobs.child import Emit, run_child
+from backend.child import run_child
+from backend.event_stream import EventWriter
 
 
-def quantize(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """Quantize a model folder into an AutoAWQ checkpoint folder.
 
     Args:
         request: `model_dir`, `tokens_file`, `out_dir`, `device` (torch's name), `settings` (the YAML section).
-        emit: Takes progress events: one per decoder layer, with its errors.
+        events: Takes progress events: one per decoder layer, with its errors.
 
     Returns:
         `timings` (per stage: `wall_s`, `cpu_s`), `layers` (one report each), `skipped` (Linear: reason), `tokens`.
     """
     began = _Clock()
-    emit(stage="calibrate", message="loading")
+    events.note(stage="calibrate", message="loading")
     from safetensors.torch import load_file
 
     from backend.formats.writer import CheckpointWriter
@@ -41,16 +42,16 @@ def quantize(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     def on_layer(layer: LayerReport) -> None:
         nonlocal calibrate_s
         calibrate_s += layer.calibrate_s
-        emit(
+        events.note(
             stage="quantize", step=layer.index + 1, total=layer.total, layer=layer.name, error=layer.relative_error,
             rtn_error=layer.rtn_relative_error, unit="relative output error", notes=list(layer.notes),
         )  # fmt: skip
 
-    emit(stage="quantize", message=f"{len(tokens)} x {tokens.shape[1]} tokens")
+    events.note(stage="quantize", message=f"{len(tokens)} x {tokens.shape[1]} tokens")
     report = quantize_awq(Path(request["model_dir"]), tokens, awq, writer, device=request["device"], on_layer=on_layer)
     timings["quantize"] = began.lap()
     timings["quantize"]["forward_s"] = round(calibrate_s, 3)
-    emit(stage="save", message="writing the last files")
+    events.note(stage="save", message="writing the last files")
     writer.finish()
     timings["save"] = began.lap()
     return {

@@ -12,8 +12,6 @@ REQUEST: `{"baseline_dir", "quantized_dir", "device", "dtype", "prompt_tokens", 
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,12 +22,12 @@ from typing import Any, Self
 import psutil
 
 from backend.chat.client import ModelProcess
-from backend.errors import ConfigError, QuantdeckError
+from backend.child import run_child
+from backend.errors import ConfigError
 from backend.evaluate.metrics import Metric, versions
 from backend.evaluate.stats import median_interval
 from backend.event_stream import EventWriter, Progress
-from backend.files import read_request, required, write_json
-from backend.process import die_with_starter
+from backend.files import required
 
 SIDES = ("baseline", "quantized")
 LOADING_FACTOR = 1.5
@@ -215,33 +213,18 @@ def _metrics(runs: Runs, protocol: dict[str, Any]) -> list[Metric]:
     return metrics
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit code: 0, 2 for a wrong request, 1 for any other failure."""
-    parser = argparse.ArgumentParser(prog="python -m backend.evaluate.speed", description="Time two models.")
-    parser.add_argument("request", type=Path, help="JSON file that says what to measure")
-    parser.add_argument("result", type=Path, help="JSON file to write")
-    options = parser.parse_args(arguments)
-    die_with_starter()
-    events = EventWriter.claim_stdout()
+def benchmark(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
+    """Time the two models of a request; returns the RESULT object."""
     started = time.monotonic()
-    try:
-        request = read_request(options.request)
-        stage = str(request.get("stage", "benchmark"))
-        result = measure_speed(
-            Path(required(request, "baseline_dir")),
-            Path(required(request, "quantized_dir")),
-            SpeedSettings.from_request(request),
-            lambda step, total, message: events.progress(stage, step, total, message),
-        )
-        write_json(options.result, result | {"wall_s": time.monotonic() - started})
-    except ConfigError as error:
-        events.error(error, error.message)
-        return 2
-    except QuantdeckError as error:
-        events.error(error, error.message)
-        return 1
-    return 0
+    stage = str(request.get("stage", "benchmark"))
+    result = measure_speed(
+        Path(required(request, "baseline_dir")),
+        Path(required(request, "quantized_dir")),
+        SpeedSettings.from_request(request),
+        lambda step, total, message: events.progress(stage, step, total, message),
+    )
+    return result | {"wall_s": time.monotonic() - started}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_child(benchmark)

@@ -12,20 +12,18 @@ Exit code 0; 2 for a wrong request; 1 for any other failure.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from backend.errors import ConfigError, QuantdeckError
+from backend.child import run_child
 from backend.evaluate.loading import check_folder, open_model
 from backend.evaluate.memory import peak_resident_bytes
 from backend.evaluate.tasks import check_tasks
 from backend.event_stream import EventWriter
-from backend.files import read_request, required, write_json
-from backend.process import die_with_starter
+from backend.files import required
 
 
 def evaluate(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
@@ -83,27 +81,8 @@ def evaluate(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     return {"metrics": metrics, "peak_rss_bytes": peak_resident_bytes(), "wall_s": time.monotonic() - started}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the worker; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m backend.evaluate.worker", description="Measure one model.")
-    parser.add_argument("request", type=Path, help="JSON file that says what to measure")
-    parser.add_argument("result", type=Path, help="JSON file to write")
-    options = parser.parse_args(arguments)
-    die_with_starter()
-    events = EventWriter.claim_stdout()
+if __name__ == "__main__":
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     # lm_eval warns on every run that it was given a loaded model, which is what we mean to do.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        write_json(options.result, evaluate(read_request(options.request), events))
-    except ConfigError as error:
-        events.error(error, error.message)
-        return 2
-    except QuantdeckError as error:
-        events.error(error, error.message)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    run_child(evaluate)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from backend.child import run_child
 from backend.errors import ModelError
-from backend.jobs.child import Emit, run_child
+from backend.event_stream import EventWriter
 from backend.paths import Home
 from backend.schema import parse_yaml
 from backend.sources.calibration import token_sequences
@@ -54,12 +55,12 @@ def download_model(repo_id: str, cache_dir: Path) -> tuple[Path, str]:
     return folder, folder.name
 
 
-def prepare(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """Do the stage.
 
     Args:
         request: `home` (folder), `config` (YAML text), `out` (folder for the files made here).
-        emit: Takes progress events.
+        events: Takes progress events.
 
     Returns:
         `model_dir`, `model_commit` (Hub models), `tokens_file` (safetensors with `tokens`, int64, samples x
@@ -70,7 +71,7 @@ def prepare(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     out = Path(request["out"])
     out.mkdir(parents=True, exist_ok=True)
 
-    emit(stage="download", message=f"model {config.CUSTOM_MODEL_PATH or config.MODEL}")
+    events.note(stage="download", message=f"model {config.CUSTOM_MODEL_PATH or config.MODEL}")
     source = resolve_model(config, home)
     commit = None
     model_dir = source.path
@@ -82,7 +83,7 @@ def prepare(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     check_model(model_dir, AwqSettings(group_size=config.algorithm_settings.Q_GROUP_SIZE))
 
     calibration = calibration_source(config, home)
-    emit(stage="download", message=f"calibration text {calibration.label}")
+    events.note(stage="download", message=f"calibration text {calibration.label}")
     sequences = token_sequences(
         read_rows(calibration, home.cache_dir(config) / "datasets"),
         _encoder(model_dir),
@@ -96,7 +97,7 @@ def prepare(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     text_file = text_name = None
     if config.EVALUATION.ENABLED and config.EVALUATION.PROTOCOLS:
         evaluation = evaluation_source(config)
-        emit(stage="download", message=f"evaluation text {evaluation.label}")
+        events.note(stage="download", message=f"evaluation text {evaluation.label}")
         text_file, text_name = out / "evaluation.jsonl", evaluation.label
         with open(text_file, "w", encoding="utf-8") as file:
             for row in read_rows(evaluation, home.cache_dir(config) / "datasets"):

@@ -6,40 +6,39 @@ goes to standard error, which is the job's log.
 
 from __future__ import annotations
 
+import argparse
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from backend.errors import QuantdeckError
+from backend.errors import ConfigError, QuantdeckError
 from backend.event_stream import EventWriter
 from backend.files import read_request, write_json
 from backend.process import die_with_starter
 
-Emit = Callable[..., None]
+Program = Callable[[dict[str, Any], EventWriter], dict[str, Any]]
+"""Takes the request and the event writer, returns the result."""
 
 
-def run_child(main: Callable[[dict[str, Any], Emit], dict[str, Any]]) -> None:
+def run_child(program: Program) -> None:
     """Run a stage program: `python -m <module> REQUEST.json RESULT.json`.
 
-    Args:
-        main: Takes the request and `emit(stage=..., step=..., total=..., ...)`, returns the result.
-            The result is written atomically. An error becomes an `error` event and exit code 1.
+    The result is written atomically, and only when all went well. An error becomes an `error` event and exit
+    code 1, or 2 for a wrong request.
     """
+    parser = argparse.ArgumentParser(description="A stage of a Quantdeck job.")
+    parser.add_argument("request", type=Path, help="JSON file that says what to do")
+    parser.add_argument("result", type=Path, help="JSON file to write")
+    options = parser.parse_args()
     die_with_starter()
     events = EventWriter.claim_stdout()
-
-    def emit(**event: Any) -> None:
-        events.send({"t": round(time.time(), 3), **event})
-
-    request_file, result_file = (Path(a) for a in sys.argv[1:3])
     try:
-        write_json(result_file, main(read_request(request_file), emit))
+        write_json(options.result, program(read_request(options.request), events))
     except QuantdeckError as error:
         events.error(error, error.message)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except Exception as error:  # the frame of the program: everything ends as an event, with its trace in the log
         traceback.print_exc()
         events.error(error, str(error) or type(error).__name__)
