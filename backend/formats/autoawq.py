@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from backend.errors import CheckpointError
-from backend.formats.size import PACK, zeros_words
+from backend.formats.layouts import PACK, zeros_words
 from backend.formats.weight import QuantizedWeight
 
 VERSIONS = ("GEMM", "GEMV")

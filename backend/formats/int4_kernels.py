@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 CUDA_INNER_K_TILES = 8
-CUDA_GROUP_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Kernel:
             out % rows == 0
             and width % columns == 0
             and width % group_size == 0
-            and group_size in CUDA_GROUP_SIZES
+            and group_size in GROUP_SIZES
             and dtype in self.dtypes
         )
 

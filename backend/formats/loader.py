@@ -1,4 +1,4 @@
-"""Loads a checkpoint folder, 16-bit or AutoAWQ, as a transformers model ready to run."""
+"""Loads a checkpoint folder, 16-bit or quantized, as a transformers model ready to run."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from backend.errors import CheckpointError, ModelError
-from backend.formats.autoawq import VERSIONS, unpack
 from backend.formats.config import read_config_json
 from backend.formats.headers import read_headers
-from backend.formats.packed_linear import PackedInt4Linear
-from backend.formats.skeleton import build_skeleton, read_config
-
-PACKED_PARTS = ("qweight", "qzeros", "scales")
+from backend.formats.packed_int8 import PermutedLinear, packed_linear
+from backend.formats.size import TIED_HEADS
+from backend.formats.skeleton import build_skeleton, match_tensors, read_config, state_of
+from backend.formats.stored_linears import StoredLinears, quantization_of, stored_linears
 
 
 def load_model(
     model_dir: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load a model folder; its config.json says whether its Linears are AutoAWQ-packed.
+    """Load a model folder; its config.json says whether and how its Linears are packed.
 
-    Every tensor is read once, straight to its place; nothing is initialised at random.
+    Every tensor is read once, straight to its place; nothing is initialised at random. compressed-tensors formats
+    other than packed integer weights go through `backend.formats.third_party`.
 
     Args:
         model_dir: Folder with config.json and safetensors.
@@ -40,25 +40,32 @@ def load_model(
     """
     folder, device = Path(model_dir), torch.device(device)
     dtype = dtype or torch.bfloat16
-    quantization = _quantization(folder)
-    model = build_skeleton(read_config(folder), dtype)
+    quantization = quantization_of(folder)
+    packed = stored_linears(folder, quantization) if quantization else None
     files = {info.name: info.file for info in read_headers(folder)}
-    expected: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    expected |= {name: buffer for name, buffer in model.named_buffers() if buffer.is_meta}
-    tied = _tied_head(model)
+    if quantization and packed is None:
+        from backend.formats.third_party import load_with_transformers  # needs a package that others do not
+
+        return load_with_transformers(folder, quantization, device, dtype)
+    model = build_skeleton(read_config(folder), dtype)
+    state = state_of(model)
+    prefixes = set(_packed_prefixes(files, packed)) if packed else set()
+    places = match_tensors(model, _weight_names(files, prefixes, packed))
     with CheckpointReader(folder, files) as reader:
-        if quantization:
-            for prefix in _packed_prefixes(files):
-                _place_packed(model, prefix, reader, expected, quantization, dtype, device)
-        for name, target in expected.items():
-            if name == tied:
-                continue
-            if name in reader.unread:
-                _place(model, name, reader.take(name), target, dtype, device)
-            else:
-                raise CheckpointError(f"{folder}: tensor {name} of {type(model).__name__} is in none of its files.")
-        if tied is not None and tied in reader.unread:
-            _check_copy(folder, reader.take(tied).to(device, dtype), model)
+        linears = {stored.removesuffix(".weight"): name for name, stored in places.stored.items()}
+        for prefix in sorted(prefixes):
+            assert packed is not None
+            _place_packed(model, linears.get(prefix), prefix, reader, state, packed, dtype, device)
+        if places.missing:
+            name = places.missing[0]
+            raise CheckpointError(f"{folder}: tensor {name} of {type(model).__name__} is in none of its files.")
+        for name, stored in places.stored.items():
+            if stored in reader.unread:
+                _place(model, name, reader.take(stored), state[name], dtype, device)
+        for name in places.ignored:
+            tensor = reader.take(name)
+            if name in TIED_HEADS:
+                _check_copy(folder, name, tensor.to(device, dtype), model)
         if reader.unread:
             names = sorted(reader.unread)
             raise CheckpointError(
@@ -123,52 +130,55 @@ class CheckpointReader:
         return tensor
 
 
-def _quantization(folder: Path) -> dict[str, Any] | None:
-    """The checked `quantization_config`, or None for a 16-bit model."""
-    found = read_config_json(folder).get("quantization_config")
-    if found is None:
-        return None
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    if method != "awq":
-        raise ModelError(f"{folder} is quantized with {method!r}; 16-bit models and AutoAWQ checkpoints can be loaded.")
-    version = str(found.get("version", "gemm")).upper()
-    bits, group_size = found.get("bits"), found.get("group_size")
-    if version not in VERSIONS or bits != 4 or not isinstance(group_size, int) or group_size < 1:
-        raise ModelError(
-            f"{folder}/config.json: AutoAWQ version {version!r}, bits {bits!r}, group_size {group_size!r}; "
-            "supported are GEMM and GEMV with 4 bits and a positive group size."
-        )
-    return {"version": version, "group_size": group_size}
+def _packed_prefixes(files: dict[str, str], packed: StoredLinears) -> Iterator[str]:
+    suffix = f".{packed.required[0]}"
+    return (name.removesuffix(suffix) for name in files if name.endswith(suffix))
 
 
-def _packed_prefixes(files: dict[str, str]) -> Iterator[str]:
-    return (name.removesuffix(".qweight") for name in files if name.endswith(".qweight"))
+def _weight_names(files: dict[str, str], prefixes: set[str], packed: StoredLinears | None) -> Iterator[str]:
+    """The names that the files would have without quantization."""
+    parts = (*packed.required, *packed.optional) if packed else ()
+    yield from (f"{prefix}.weight" for prefix in prefixes if f"{prefix}.weight" not in files)
+    for name in files:
+        prefix, _, part = name.rpartition(".")
+        if prefix not in prefixes or part not in parts:
+            yield name
 
 
 def _place_packed(
     model: PreTrainedModel,
+    name: str | None,
     prefix: str,
     reader: CheckpointReader,
-    expected: dict[str, Tensor],
-    quantization: dict[str, Any],
+    state: dict[str, Tensor],
+    packed: StoredLinears,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    target = expected.pop(f"{prefix}.weight", None)
-    missing = [part for part in PACKED_PARTS if f"{prefix}.{part}" not in reader.unread]
-    if target is None or missing or not isinstance(model.get_submodule(prefix), nn.Linear):
-        reason = f"lacks {', '.join(missing)}" if missing else "is no Linear of this architecture"
+    """Put the packed Linear that the files call `prefix` where the module tree has `name`."""
+    missing = [part for part in packed.required if f"{prefix}.{part}" not in reader.unread]
+    module = (name or "").removesuffix(".weight")
+    twice = f"{prefix}.weight" in reader.unread
+    if name is None or missing or twice or not isinstance(model.get_submodule(module), nn.Linear):
+        reason = "is also stored unpacked" if twice else "is no Linear of this architecture"
+        reason = f"lacks {', '.join(missing)}" if missing else reason
         raise CheckpointError(f"Packed weight {prefix} {reason}; the checkpoint is incomplete or of another model.")
-    tensors = {part: reader.take(f"{prefix}.{part}").to(device) for part in PACKED_PARTS}
-    weight = unpack(tensors, quantization["version"], quantization["group_size"])
-    if weight.q.shape != target.shape:
-        raise CheckpointError(f"{prefix} unpacks to {tuple(weight.q.shape)}; the model needs {tuple(target.shape)}.")
+    parts = (*packed.required, *(part for part in packed.optional if f"{prefix}.{part}" in reader.unread))
+    stored = {part: reader.take(f"{prefix}.{part}").to(device) for part in parts}
+    weight, order = packed.unpack(module, stored)
+    if weight.q.shape != state[name].shape:
+        raise CheckpointError(
+            f"{prefix} unpacks to {tuple(weight.q.shape)}; the model needs {tuple(state[name].shape)}."
+        )
     bias = None
-    if expected.pop(f"{prefix}.bias", None) is not None:
+    if f"{module}.bias" in state:
         if f"{prefix}.bias" not in reader.unread:
             raise CheckpointError(f"Tensor {prefix}.bias is in none of the checkpoint's files.")
         bias = reader.take(f"{prefix}.bias")
-    model.set_submodule(prefix, PackedInt4Linear(weight, bias, dtype=dtype, device=device))
+        if bias.shape != state[f"{module}.bias"].shape:
+            raise CheckpointError(f"{prefix}.bias has shape {tuple(bias.shape)}; the weight has {len(weight.q)} rows.")
+    linear = packed_linear(weight, bias, dtype=dtype, device=device)
+    model.set_submodule(module, linear if order is None else PermutedLinear(linear, order))
 
 
 def _place(
@@ -185,16 +195,11 @@ def _place(
     setattr(model.get_submodule(parent), leaf, data)
 
 
-def _check_copy(folder: Path, head: Tensor, model: PreTrainedModel) -> None:
+def _check_copy(folder: Path, name: str, head: Tensor, model: PreTrainedModel) -> None:
     """Some checkpoints with a tied head store the embeddings twice; two different ones are a contradiction."""
     embeddings = model.get_input_embeddings().weight
     if not isinstance(embeddings, Tensor) or not torch.equal(head, embeddings):
         raise CheckpointError(
-            f"{folder}: lm_head.weight differs from the embeddings, but config.json says tie_word_embeddings; "
+            f"{folder}: {name} differs from the embeddings, but config.json says tie_word_embeddings; "
             "set it to false to keep both."
         )
-
-
-def _tied_head(model: PreTrainedModel) -> str | None:
-    """Name of the output head's weight if it is the embedding itself."""
-    return "lm_head.weight" if getattr(model.config, "tie_word_embeddings", False) else None

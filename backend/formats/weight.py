@@ -13,19 +13,28 @@ class QuantizedWeight:
     """W = (q - zero) * scale, with one scale and one zero per row and group of `group_size` inputs.
 
     Attributes:
-        q: uint8 codes, (out, in).
-        scale: float16 steps, (out, in / group_size).
+        q: uint8 codes, 0 to 2^bits - 1, (out, in).
+        scale: Steps in the 16-bit type in which they are stored, (out, in / group_size).
         zero: uint8 codes that stand for 0, (out, in / group_size).
+        bits: Bits per code.
+        symmetric: Every zero is the middle code, 2^(bits - 1), and need not be stored.
     """
 
     q: Tensor
     scale: Tensor
     zero: Tensor
+    bits: int = 4
+    symmetric: bool = False
 
     @property
     def group_size(self) -> int:
         """Inputs that share a scale."""
         return self.q.shape[1] // self.scale.shape[1]
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each row has a single scale."""
+        return self.scale.shape[1] == 1
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that is stored, (out, in); computed in float32 (float64 if asked) and rounded to `dtype`."""

@@ -8,16 +8,7 @@ import torch
 from backend.errors import CheckpointError
 from backend.formats.autoawq import pack, quantization_config, unpack
 from backend.formats.weight import QuantizedWeight
-
-
-def random_weight(out: int, width: int, group_size: int, seed: int = 0) -> QuantizedWeight:
-    g = torch.Generator().manual_seed(seed)
-    groups = width // group_size
-    return QuantizedWeight(
-        torch.randint(0, 16, (out, width), generator=g, dtype=torch.uint8),
-        torch.rand(out, groups, generator=g).half() + 0.01,
-        torch.randint(0, 16, (out, groups), generator=g, dtype=torch.uint8),
-    )
+from tests.formats.models import random_weight
 
 
 def word(nibbles: list[int]) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from backend.formats.int4_kernels import kernel_for
 from backend.formats.packed_linear import PackedInt4Linear
-from tests.formats.test_autoawq import random_weight
+from tests.formats.models import random_weight
 
 # Relative Frobenius error of the output. bfloat16: 2^-9 for scales, shifts, x W's rounding and y each.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
@@ -34,6 +34,31 @@ def test_product(out: int, width: int, group_size: int, rows: int, dtype: torch.
     assert y.dtype == dtype
     assert y.shape == (2, rows, out)
     assert (y.double() - reference).norm() <= TOLERANCE[dtype] * reference.norm()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_fewer_bits_and_whole_rows(bits: int, group_size: int, symmetric: bool, rows: int) -> None:
+    weight = random_weight(64, 384, group_size, bits, symmetric)
+    torch.manual_seed(0)
+    x = torch.randn(rows, 384)
+    linear = PackedInt4Linear(weight, dtype=torch.float32)
+    reference = x.double() @ weight.dequantize(torch.float64).T
+    assert (linear(x).double() - reference).norm() <= 1e-6 * reference.norm()
+    assert linear.packed.numel() * linear.packed.element_size() == 64 * 384 // 2
+    if symmetric:  # bfloat16 then rounds the scale alone
+        both = PackedInt4Linear(weight).scales_and_shifts
+        assert bool((both[..., 1] == 0).all())
+
+
+def test_whole_rows_use_the_kernel() -> None:
+    kernel = kernel_for(torch.device("cpu"))
+    if kernel is None:
+        pytest.skip("this build of torch has no int4 kernel whose layout can be read back")
+    assert PackedInt4Linear(random_weight(64, 96, -1)).takes_rows(1)
+    assert not PackedInt4Linear(random_weight(64, 100, -1)).takes_rows(1)
 
 
 def test_decode_and_prompt_paths_agree() -> None:
