@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ try:
     import safetensors
     import torch
     import transformers
+    from safetensors.torch import save_file
 except ImportError as error:
     print(f"benchmarks.gpu needs torch, transformers and safetensors: {error}.", file=sys.stderr)
     sys.exit(2)
@@ -33,7 +35,9 @@ from backend.formats.size import weight_bytes
 from backend.formats.skeleton import build_skeleton
 from backend.formats.weight import QuantizedWeight
 from backend.formats.writer import CheckpointWriter
-from backend.quantize import AwqSettings, QuantizationReport, quantize_awq
+from backend.quantize.pipeline import quantize as run
+from backend.quantize.recipe import Recipe, Scheme
+from backend.quantize.report import QuantizationReport
 from benchmarks.decode import SHAPES, compare
 
 SMALL = {
@@ -44,7 +48,15 @@ SMALL = {
     "num_key_value_heads": 2,
     "vocab_size": 2048,
 }
-LARGE = SHAPES["1.1B (2048 wide, 22 layers)"]
+MEDIUM = SHAPES["1.1B (2048 wide, 22 layers)"]
+LARGE = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}  # of Llama 3.1 8B
 SAMPLES, LENGTH = 128, 512
 OUTPUT_TOLERANCE = 6e-3  # bfloat16 scales, shifts, products and outputs, relative Frobenius norm
 LOGIT_TOLERANCE = 3e-2  # the same through all layers
@@ -71,29 +83,51 @@ class Results:
             self.failures.append(name)
 
 
-def make_model(folder: Path, shape: dict[str, int]) -> Path:
-    """A random bfloat16 checkpoint, written tensor by tensor."""
+def make_model(folder: Path, shape: dict[str, int], device: str) -> Path:
+    """A random bfloat16 checkpoint, drawn on the device and written tensor by tensor."""
     config = transformers.LlamaConfig(**shape, max_position_embeddings=2048, tie_word_embeddings=False)
     config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder / "config")
-    writer = CheckpointWriter(folder / "model", folder / "config", dtype="bfloat16")
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
+    (folder / "model").mkdir()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(_by_layer(config).values()):
+        tensors = {}
+        for name, size in names.items():
+            value = torch.empty(size, device=device).normal_(0.0, 0.02, generator=generator)
+            tensors[name] = ((value * 10).exp() if "norm" in name else value).bfloat16().cpu()
+        file = f"model-{number + 1:05d}.safetensors"
+        save_file(tensors, folder / "model" / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    config.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def _by_layer(config: transformers.PretrainedConfig) -> dict[str, dict[str, torch.Size]]:
+    """Parameters of each decoder layer, and of the rest, with their shapes."""
+    files: dict[str, dict[str, torch.Size]] = {}
     for name, parameter in build_skeleton(config, torch.bfloat16).named_parameters():
-        value = torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator)
-        writer.add(name, (value * 10).exp() if "norm" in name else value)
-    return writer.finish()
+        files.setdefault(".".join(name.split(".")[:3]), {})[name] = parameter.shape
+    return files
 
 
 def quantize(
-    source: Path, out: Path, device: str, version: str = "GEMM", samples: int = SAMPLES
+    source: Path,
+    out: Path,
+    device: str,
+    layout: str = "autoawq-gemm",
+    samples: int = SAMPLES,
+    scheme: Scheme = Scheme("AWQ"),  # noqa: B008 - frozen
 ) -> tuple[Path, QuantizationReport, float]:
     """Quantize with random calibration tokens; the artefact, the report and the seconds it took."""
     vocabulary = load_vocabulary(source)
     tokens = torch.randint(0, vocabulary, (samples, LENGTH), generator=torch.Generator().manual_seed(1))
     began = time.perf_counter()
-    writer = CheckpointWriter(out, source, version=version)
-    report = quantize_awq(source, tokens, AwqSettings(), writer, device=device, dtype=torch.bfloat16)
-    return writer.finish(), report, time.perf_counter() - began
+    writer = CheckpointWriter(out, source, layout=layout)
+    recipe = Recipe(scheme.label, scheme)
+    report = run(source, tokens, [recipe], [writer], device=device, dtype=torch.bfloat16)
+    return writer.finish(report.kept[recipe.name]), report, time.perf_counter() - began
 
 
 def load_vocabulary(source: Path) -> int:
@@ -136,10 +170,14 @@ def check_kernels(results: Results, device: str) -> None:
 @torch.inference_mode()
 def check_small(results: Results, folder: Path, device: str) -> None:
     """A small model: both layouts, CPU against CUDA, packed against dense logits."""
-    source = make_model(folder, SMALL)
+    source = make_model(folder, SMALL, device)
     gemm, report, _ = quantize(source, folder / "gemm", device, samples=16)
-    gemv, _, _ = quantize(source, folder / "gemv", device, "GEMV", samples=16)
+    gemv, _, _ = quantize(source, folder / "gemv", device, "autoawq-gemv", samples=16)
     on_cpu, cpu_report, _ = quantize(source, folder / "cpu", "cpu", samples=16)
+    gptq, gptq_report, _ = quantize(source, folder / "gptq", device, "compressed-tensors", 16, Scheme("GPTQ", 3, 64))
+    load_model(gptq, device)
+    worse_gptq = sum(layer.relative_error > 0.8 * layer.rtn_relative_error for layer in gptq_report.layers)
+    results.check("GPTQ layers not well below plain rounding", worse_gptq, 0)
     worse = sum(layer.relative_error > layer.rtn_relative_error for layer in report.layers)
     results.check("layers worse than plain rounding", worse, 0)
     drift = max(
@@ -162,11 +200,13 @@ def check_small(results: Results, folder: Path, device: str) -> None:
 
 def time_model(results: Results, folder: Path, device: str, shape: dict[str, int], name: str) -> None:
     """Quantization time and memory, and decode speed from the artefact on disk."""
-    source = make_model(folder, shape)
+    source = make_model(folder, shape, device)
+    _, report, seconds = quantize(source, folder / "gptq", device, "compressed-tensors", scheme=Scheme("GPTQ"))
+    results.add(f"{name}: GPTQ", f"{seconds:.1f} s for {report.tokens} tokens")
     torch.cuda.reset_peak_memory_stats(device)
     out, report, seconds = quantize(source, folder / "out", device)
     forward = sum(layer.calibrate_s for layer in report.layers)
-    results.add(f"{name}: quantize", f"{seconds:.1f} s for {report.tokens} tokens ({forward:.1f} s forward and Gram)")
+    results.add(f"{name}: AWQ", f"{seconds:.1f} s for {report.tokens} tokens ({forward:.1f} s forward and Gram)")
     results.add(f"{name}: peak GPU memory", f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
     results.add(f"{name}: weight files", f"{weight_bytes(source) / 1e6:.0f} MB -> {weight_bytes(out) / 1e6:.0f} MB")
     speed = compare(load_model(source, device), load_model(out, device), tokens=64, repetitions=5)
@@ -179,7 +219,7 @@ def time_model(results: Results, folder: Path, device: str, shape: dict[str, int
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="skip the 1.1B model")
+    parser.add_argument("--small", action="store_true", help="skip the 1.1B and 8B models")
     parser.add_argument("--device", default="cuda:0")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -196,7 +236,8 @@ def main() -> int:
         ("small model, times", lambda folder: time_model(results, folder, device, SMALL, "small")),
     ]
     if not arguments.small:
-        parts.append(("1.1B model", lambda folder: time_model(results, folder, device, LARGE, "1.1B")))
+        parts.append(("1.1B model", lambda folder: time_model(results, folder, device, MEDIUM, "1.1B")))
+        parts.append(("8B model", lambda folder: time_model(results, folder, device, LARGE, "8B")))
     for title, part in parts:
         print(title, flush=True)
         with tempfile.TemporaryDirectory() as folder:

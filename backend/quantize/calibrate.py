@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backend.errors import ModelError
+from backend.quantize.embed import LayerCall
 from backend.quantize.gram import Gram
 from backend.quantize.groups import GroupWatcher, InputGroup
 from backend.quantize.stream import LayerStream, call_layer
@@ -22,16 +23,18 @@ def calibrate(stream: LayerStream, index: int, layer: nn.Module) -> dict[InputGr
         ModelError: If a Linear of the layer is never called, or sees inputs that are not finite.
     """
     hidden = stream.probe().to(stream.dtype)
-    groups = find_groups(layer, hidden, stream.arguments(index, hidden))
+    groups = find_groups(layer, hidden, stream.call(index, hidden))
     grams: dict[InputGroup, Gram] = {}
+    mask = _Mask()
     handles = []
     for group in groups:
         linear = layer.get_submodule(group.linears[0])
         assert isinstance(linear, nn.Linear)
         grams[group] = Gram(linear.in_features, stream.device)
-        handles.append(linear.register_forward_pre_hook(_accumulate(grams[group])))
+        handles.append(linear.register_forward_pre_hook(_accumulate(grams[group], mask)))
     try:
-        stream.advance(index, layer)
+        for mask.text in stream.advance(index, layer):
+            pass
     finally:
         for handle in handles:
             handle.remove()
@@ -41,14 +44,14 @@ def calibrate(stream: LayerStream, index: int, layer: nn.Module) -> dict[InputGr
     return grams
 
 
-def find_groups(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> list[InputGroup]:
+def find_groups(layer: nn.Module, hidden: Tensor, call: LayerCall) -> list[InputGroup]:
     """The layer's input groups, seen in one forward pass.
 
     Raises:
         ModelError: If a Linear of the layer takes no part in it.
     """
     with GroupWatcher(layer) as watcher:
-        call_layer(layer, hidden, arguments)
+        call_layer(layer, hidden, call)
     groups = watcher.groups()
     called = {name for group in groups for name in group.linears}
     idle = [n for n, m in layer.named_modules() if isinstance(m, nn.Linear) and n not in called]
@@ -57,8 +60,15 @@ def find_groups(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> 
     return groups
 
 
-def _accumulate(gram: Gram) -> Any:
+class _Mask:
+    """Which tokens of the part that is running are text: (samples, length), or None for all."""
+
+    text: Tensor | None = None
+
+
+def _accumulate(gram: Gram, mask: _Mask) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        gram.add(inputs[0])
+        x = inputs[0]
+        gram.add(x if mask.text is None else x.reshape(*mask.text.shape, -1)[mask.text])
 
     return hook

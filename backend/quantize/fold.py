@@ -1,9 +1,9 @@
 """Moves a scale of a Linear's input channels into whatever produced them, without changing the layer's output.
 
 (x / s) (s W)^T = x W^T, so the columns of W may be multiplied by s (to make salient channels survive rounding) if
-the producer of x divides by s: a normalisation's weight, or the rows of v_proj (for o_proj) and up_proj (for
-down_proj). Whether a producer really is one is not deduced from names alone: every fold is checked by running the
-layer (`verify`).
+the producer of x divides by s: a normalisation's gain, or rows of an earlier Linear (`backend.quantize.producers`
+finds which). Whether a place really is one is not deduced from names: every fold is checked by running the layer
+(`verify`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from backend.quantize.groups import InputGroup, weight_of
 
-LINEAR_PRODUCERS = {"o_proj": "v_proj", "down_proj": "up_proj"}
 # float32 rounding through a layer stays below these; a wrong fold is off by the size of the scales themselves.
 OUTPUT_TOLERANCE = 1e-4  # of the layer's contribution to the residual stream
 RESIDUAL_TOLERANCE = 1e-6  # of the residual stream itself
+GAIN_TOLERANCE = 1e-4
+PROBE_ROWS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,42 +32,74 @@ class Fold:
         producer: Norm or Linear inside the layer whose output is divided by it.
         channels: For each input column of the consumers, the producer's channel behind it, (in,). Query heads
             that share a key/value head share its channels, and so its scales.
-        width: Channels of the producer.
+        width: Channels of the producer: the scales there are.
+        rows: Of a Linear, the output rows that are divided, one per channel, (width,); None for a norm.
+        offset: Of a norm, what it adds to its weight to get its gain: 1 for Gemma's, else 0.
     """
 
     consumers: tuple[str, ...]
     producer: str
     channels: Tensor
     width: int
+    rows: Tensor | None = None
+    offset: float = 0.0
+
+    def row_scale(self, scale: Tensor, rows: int) -> Tensor:
+        """What each of a Linear producer's rows is divided by, 1 where it is left alone, (rows,)."""
+        assert self.rows is not None, "the producer is a norm"
+        divided = torch.ones(rows, dtype=scale.dtype, device=scale.device)
+        divided[self.rows.to(scale.device)] = scale
+        return divided
 
 
 def find_fold(layer: nn.Module, group: InputGroup) -> Fold | None:
-    """Where the scale of a group's input can go, or None if nothing suitable produced it."""
+    """Where the scale of a group's input can go if a normalisation made it.
+
+    None if none did, or one without a gain per channel.
+    """
+    if group.norm is None:
+        return None
     consumer = layer.get_submodule(group.linears[0])
     assert isinstance(consumer, nn.Linear)
-    if group.norm is not None:
-        width = consumer.in_features
-        if weight_of(layer, group.norm).shape[0] != width:
-            return None
-        return Fold(group.linears, group.norm, torch.arange(width), width)
-    parent, _, leaf = group.linears[0].rpartition(".")
-    name = f"{parent}.{LINEAR_PRODUCERS.get(leaf, '')}".lstrip(".")
-    producer = dict(layer.named_modules()).get(name)
-    if len(group.linears) > 1 or leaf not in LINEAR_PRODUCERS or not isinstance(producer, nn.Linear):
+    offset = gain_offset(layer.get_submodule(group.norm), consumer.in_features)
+    if offset is None:
         return None
-    channels = _channels(consumer.in_features, producer.out_features, layer.get_submodule(parent))
-    return None if channels is None else Fold(group.linears, name, channels, producer.out_features)
+    width = consumer.in_features
+    return Fold(group.linears, group.norm, torch.arange(width), width, offset=offset)
 
 
-def _channels(columns: int, rows: int, attention: nn.Module) -> Tensor | None:
-    """Column c of o_proj is dimension d of query head h; it comes from row (h // share) * head_dim + d of v_proj."""
-    column = torch.arange(columns)
-    if columns == rows:
-        return column
-    head_dim = getattr(attention, "head_dim", None)
-    if columns % rows or not isinstance(head_dim, int) or rows % head_dim:
+@torch.no_grad()
+def gain_offset(norm: nn.Module, width: int) -> float | None:
+    """What a normalisation adds to its weight to get its gain per channel, a whole number.
+
+    Seen by running it with weights 0, 1 and random ones. None if its gain is not offset + weight.
+
+    Args:
+        norm: Module with a `weight` (width,) and perhaps a `bias`.
+        width: Channels.
+    """
+    weight = norm.weight
+    if not isinstance(weight, Tensor) or weight.shape != (width,):
         return None
-    return column // (columns // rows * head_dim) * head_dim + column % head_dim
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, width, generator=generator).to(weight.device) for n in (PROBE_ROWS, 1))
+    zeros = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in norm.named_parameters()}
+
+    def run(values: Tensor) -> Tensor:
+        output = torch.func.functional_call(norm, zeros | {"weight": values}, (x,))
+        assert isinstance(output, Tensor)
+        return output
+
+    try:
+        constant = run(torch.zeros_like(w[0]))
+        unit = run(torch.ones_like(w[0])) - constant
+        random = run(w[0])
+    except (TypeError, RuntimeError, AssertionError):
+        return None  # it wants more than its input
+    offset = round(float((constant * unit).sum() / unit.square().sum().clamp(min=1e-30)))
+    expected = (offset + w) * unit
+    off = (random - expected).norm() + (constant - offset * unit).norm()
+    return float(offset) if unit.norm() > 0 and off <= GAIN_TOLERANCE * expected.norm() else None
 
 
 def apply_fold(layer: nn.Module, fold: Fold, scale: Tensor, storage: torch.dtype) -> Tensor:
@@ -85,16 +118,21 @@ def apply_fold(layer: nn.Module, fold: Fold, scale: Tensor, storage: torch.dtype
         The scale of the consumers' columns, (in,).
     """
     weight = weight_of(layer, fold.producer)
-    if weight.dim() == 2:
-        weight.div_(scale[:, None])
-    else:
-        rounded = (weight / scale).to(storage).to(scale.dtype)
-        usable = (rounded != 0) & rounded.isfinite()
-        scale = torch.where(usable, weight / rounded, 1.0)
-        weight.copy_(torch.where(usable, rounded, weight))
     bias = getattr(layer.get_submodule(fold.producer), "bias", None)
-    if bias is not None:
-        bias.div_(scale)
+    if fold.rows is not None:
+        rows = fold.rows.to(scale.device)
+        weight[rows] = weight[rows] / scale[:, None]
+        if bias is not None:
+            bias[rows] = bias[rows] / scale
+    else:
+        gain = fold.offset + weight
+        rounded = (gain / scale - fold.offset).to(storage).to(scale.dtype)
+        left = fold.offset + rounded
+        usable = (left != 0) & left.isfinite()
+        scale = torch.where(usable, gain / left, 1.0)
+        weight.copy_(torch.where(usable, rounded, weight))
+        if bias is not None:
+            bias.div_(scale)
     columns = scale[fold.channels.to(scale.device)]
     for name in fold.consumers:
         weight_of(layer, name).mul_(columns)

@@ -10,6 +10,27 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class _Seen:
+    """A tensor as a hook saw it; holding it keeps its memory from being used for another."""
+
+    name: str
+    tensor: Tensor
+    version: int  # grows with every change in place
+
+    @classmethod
+    def now(cls, name: str, tensor: Tensor) -> _Seen:
+        return cls(name, tensor, tensor._version)
+
+    def same(self, other: _Seen) -> bool:
+        """Whether both hold the same rows: one tensor, or two views that differ in their leading dimensions only."""
+        a, b = self.tensor, other.tensor
+        if self.version != other.version or a.shape[-1:] != b.shape[-1:] or a.dtype != b.dtype:
+            return False
+        whole = a.is_contiguous() and b.is_contiguous() and a.numel() == b.numel()
+        return a is b or (whole and a.numel() > 0 and a.data_ptr() == b.data_ptr())
+
+
+@dataclass(frozen=True)
 class InputGroup:
     """Linears that share their input.
 
@@ -23,7 +44,7 @@ class InputGroup:
 
 
 class GroupWatcher:
-    """Watches a layer during one forward pass; tensors are told apart by identity.
+    """Watches a layer during one forward pass; tensors are told apart by their place in memory, not their values.
 
     Args:
         layer: A decoder layer.
@@ -31,8 +52,8 @@ class GroupWatcher:
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
-        self._inputs: list[tuple[str, Tensor]] = []
-        self._norms: list[tuple[str, Tensor]] = []
+        self._inputs: list[_Seen] = []
+        self._norms: list[_Seen] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> GroupWatcher:
@@ -49,29 +70,31 @@ class GroupWatcher:
 
     def _saw_input(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._inputs.append((name, inputs[0]))
+            self._inputs.append(_Seen.now(name, inputs[0]))
 
         return hook
 
     def _saw_output(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._norms.append((name, output))
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                self._norms.append(_Seen.now(name, output))
 
         return hook
 
     def groups(self) -> list[InputGroup]:
         """The groups seen, in the order of their first call."""
-        tensors: list[tuple[Tensor, list[str]]] = []
-        for name, tensor in self._inputs:
-            for known, names in tensors:
-                if known is tensor:
-                    names.append(name)
+        shared: list[tuple[_Seen, list[str]]] = []
+        for seen in self._inputs:
+            for known, names in shared:
+                if known.same(seen):
+                    if seen.name not in names:
+                        names.append(seen.name)
                     break
             else:
-                tensors.append((tensor, [name]))
+                shared.append((seen, [seen.name]))
         return [
-            InputGroup(tuple(names), next((n for n, output in self._norms if output is tensor), None))
-            for tensor, names in tensors
+            InputGroup(tuple(names), next((norm.name for norm in self._norms if norm.same(known)), None))
+            for known, names in shared
         ]
 
 

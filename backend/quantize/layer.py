@@ -1,36 +1,40 @@
-"""One decoder layer: calibrate, search, fold, round, write."""
+"""One decoder layer under one recipe: search scales, fold, round, write."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from backend.formats.size import is_quantized_linear
 from backend.formats.weight import QuantizedWeight
-from backend.quantize.architecture import LAYERS
-from backend.quantize.awq import ScaleChoice, quantize_weight, search_scale
-from backend.quantize.calibrate import calibrate
-from backend.quantize.fold import Fold, apply_fold, find_fold, verify
+from backend.quantize.awq import Target, search_scale
+from backend.quantize.fold import Fold, apply_fold, verify
 from backend.quantize.gram import error_energy
 from backend.quantize.grid import Grid
 from backend.quantize.groups import weight_of
-from backend.quantize.settings import AwqSettings, LayerReport
-from backend.quantize.stream import LayerStream, WeightFiles, assign, call_layer
+from backend.quantize.recipe import Recipe, Scheme
+from backend.quantize.report import LayerReport
+from backend.quantize.rounding import round_nearest, round_with_feedback
+from backend.quantize.site import Site
+from backend.quantize.stream import LayerStream, assign, call_layer
+
+REPORT_ROWS = 128  # rows of each Linear whose output error is reported
 
 
 class Writer(Protocol):
-    """Takes the tensors of the artefact as they are made; `backend.formats.writer.CheckpointWriter` is one."""
+    """Takes the tensors of an artefact as they are made; `backend.formats.writer.CheckpointWriter` is one."""
+
+    scale_dtype: torch.dtype
 
     def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Type in which an unquantized tensor of a type is stored."""
 
-    def declare_quantization(self, *, bits: int, group_size: int, modules_to_not_convert: Sequence[str]) -> None:
-        """Called once, first."""
+    def refusal(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Why the format cannot hold a Linear (out, in) quantized like this; None if it can."""
 
     def add(self, name: str, tensor: Tensor, source_dtype: torch.dtype | None = None) -> None:
         """One unquantized tensor."""
@@ -38,150 +42,195 @@ class Writer(Protocol):
     def add_linear(self, prefix: str, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         """One quantized Linear."""
 
+    def commit(self) -> dict[str, Any]:
+        """Everything so far is on disk; the state from which `restore` goes on."""
+
+    def seal(self) -> None:
+        """The state was kept: spooled data may become shards."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on after a commit of an earlier process."""
+
 
 @dataclass
-class _Site:
-    """One input group with what is known about it so far."""
+class LayerJob:
+    """A calibrated decoder layer and what one recipe makes of it.
 
-    linears: tuple[str, ...]  # those to quantize
-    H: Tensor  # of the input; from the fold on, of the scaled input
-    fold: Fold | None
-    choice: ScaleChoice
-    signal: float  # tr(W H W^T)
-
-
-def quantize_layer(
-    stream: LayerStream, weights: WeightFiles, index: int, settings: AwqSettings, writer: Writer
-) -> tuple[LayerReport, dict[str, str]]:
-    """Quantize decoder layer `index`, write it, and leave the stream at the next layer.
-
-    Returns:
-        The report, and the Linears kept in 16 bits with the reason.
+    Args:
+        stream: Where its weights come from.
+        index: Its position.
+        layer: The module; its parameters are overwritten.
+        sites: Its inputs.
+        probe: Hidden states to check folds with, (1, tokens, width), float32.
+        recipe: What to do.
+        writer: Where the result goes.
     """
-    grid = Grid(settings.bits, settings.group_size, settings.zero_point)
-    prefix = f"{LAYERS}.{index}"
-    began = time.perf_counter()
-    with stream.layer(index) as layer:
-        probe = stream.probe()
-        grams = calibrate(stream, index, layer)
-        calibrated = time.perf_counter()
 
-        names = [name for name, _ in layer.named_parameters()]
+    stream: LayerStream
+    index: int
+    layer: nn.Module
+    sites: Sequence[Site]
+    probe: Tensor
+    recipe: Recipe
+    writer: Writer
+    kept: dict[str, str] = field(default_factory=dict)
+    _schemes: dict[str, Scheme] = field(default_factory=dict)
+    _notes: list[str] = field(default_factory=list)
+    _columns: dict[str, Tensor] = field(default_factory=dict)  # Linear -> what its columns were multiplied by
+    _rows: dict[str, Tensor] = field(default_factory=dict)  # Linear -> what its rows were divided by
 
-        def reset() -> None:
-            read = weights.read([f"{prefix}.{name}" for name in names], stream.device, torch.float32)
-            assign(layer, {name: read[f"{prefix}.{name}"] for name in names})
+    def run(self, calibrate_s: float) -> LayerReport:
+        """Quantize and write the layer."""
+        began = time.perf_counter()
+        self.reset()
+        self._plan()
+        self._fold(self._search())
+        quantized: dict[str, QuantizedWeight] = {}
+        for site in self.sites:
+            quantized |= self._round(site)
+        error, rtn_error = self._errors(quantized)
+        self._write(quantized)
+        return LayerReport(
+            recipe=self.recipe.name,
+            name=self.stream.prefix(self.index),
+            index=self.index,
+            total=self.stream.layers,
+            relative_error=error,
+            rtn_relative_error=rtn_error,
+            notes=tuple(self._notes),
+            calibrate_s=calibrate_s,
+            quantize_s=time.perf_counter() - began,
+        )
 
-        reset()
-        kept = [n for n, m in layer.named_modules() if isinstance(m, nn.Linear) and _kept(f"{prefix}.{n}", m, settings)]
-        sites: list[_Site] = []
-        for group, gram in grams.items():
-            linears = tuple(name for name in group.linears if name not in kept)
-            if linears:
-                fold = find_fold(layer, group)
-                sites.append(_search(layer, linears, gram.H, gram.mean_abs, fold, grid, settings.scale_grid))
-        grams.clear()
-        storage = writer.storage_dtype(weights.dtype(f"{prefix}.{names[0]}"))
-        notes, row_scales = _fold(layer, sites, stream, index, probe, storage, reset)
-        energy, quantized = _round(layer, sites, grid, settings.clip, row_scales)
-        _write(layer, prefix, quantized, weights, writer)
-    signal = max(sum(site.signal for site in sites), 1e-30)
-    report = LayerReport(
-        name=prefix,
-        index=index,
-        total=stream.layers,
-        relative_error=energy / signal,
-        rtn_relative_error=sum(site.choice.rtn_energy for site in sites) / signal,
-        notes=tuple(notes),
-        calibrate_s=calibrated - began,
-        quantize_s=time.perf_counter() - calibrated,
-    )
-    return report, {f"{prefix}.{name}": "in modules_to_not_convert" for name in kept}
+    def reset(self) -> None:
+        """The layer's own weights, float32."""
+        names = [name for name, _ in self.layer.named_parameters()]
+        assign(self.layer, self.stream.read(self.index, names, torch.float32))
+
+    def _plan(self) -> None:
+        """Decide for every Linear of the layer."""
+        for site in self.sites:
+            for name in site.linears:
+                full = f"{self.stream.prefix(self.index)}.{name}"
+                out, width = weight_of(self.layer, name).shape
+                scheme = self.recipe.scheme_for(full, width)
+                reason = scheme if isinstance(scheme, str) else self.writer.refusal(scheme, (out, width))
+                if reason is not None:
+                    self.kept[full] = reason
+                elif isinstance(scheme, Scheme):
+                    self._schemes[name] = scheme
+
+    def _factor(self, site: Site, scheme: Scheme) -> Any:
+        return site.factor(self.recipe.damp, self.recipe.act_order) if scheme.feeds_back else None
+
+    def _search(self) -> dict[Fold, Tensor]:
+        """Scales worth folding."""
+        found: dict[Fold, Tensor] = {}
+        for site in self.sites:
+            names = [n for n in site.linears if n in self._schemes and self._schemes[n].scales_channels]
+            if not names or not self.recipe.scale_grid:
+                continue
+            if site.fold is None:
+                self._notes.append(f"{', '.join(site.linears)}: no place to fold a scale, rounded without")
+                continue
+            targets = [
+                Target(
+                    weight_of(self.layer, n),
+                    Grid.of(self._schemes[n], self.writer.scale_dtype),
+                    self._factor(site, self._schemes[n]),
+                )
+                for n in names
+            ]
+            scale = search_scale(site, site.fold, targets, self.recipe.scale_grid)
+            if scale is not None:
+                found[site.fold] = scale
+        return found
+
+    def _fold(self, scales: Mapping[Fold, Tensor]) -> None:
+        """Fold the scales that leave the layer's output unchanged."""
+        if not scales:
+            return
+        columns: dict[Fold, Tensor] = {}
+
+        def apply(fold: Fold) -> None:
+            stored = self.stream.stored_dtype(self.index, f"{fold.producer}.weight")
+            columns[fold] = apply_fold(self.layer, fold, scales[fold], self.writer.storage_dtype(stored))
+
+        failed = verify(
+            list(scales),
+            run=lambda: call_layer(self.layer, self.probe, self.stream.call(self.index, self.probe)),
+            apply=apply,
+            reset=self.reset,
+            hidden=self.probe,
+        )
+        for fold, scale in scales.items():
+            if fold in failed:
+                consumers = ", ".join(fold.consumers)
+                self._notes.append(f"{consumers}: scale not folded into {fold.producer}, {failed[fold]}")
+                continue
+            self._columns |= dict.fromkeys(fold.consumers, columns[fold])
+            if fold.rows is not None:
+                rows = fold.row_scale(scale, len(weight_of(self.layer, fold.producer)))
+                self._rows[fold.producer] = self._rows.get(fold.producer, 1.0) * rows
+
+    def _round(self, site: Site) -> dict[str, QuantizedWeight]:
+        """Round the site's Linears; those with the same scheme together."""
+        quantized: dict[str, QuantizedWeight] = {}
+        clip = self.recipe.clip
+        columns = self._columns.get(site.linears[0])
+        schemes = dict.fromkeys(self._schemes[name] for name in site.linears if name in self._schemes)
+        for scheme in schemes:
+            names = [name for name in site.linears if self._schemes.get(name) == scheme]
+            weights = [weight_of(self.layer, name) for name in names]
+            grid = Grid.of(scheme, self.writer.scale_dtype)
+            factor = self._factor(site, scheme)
+            if factor is not None:
+                if factor.damp != self.recipe.damp:
+                    self._notes.append(f"{', '.join(names)}: H is singular, damping raised to {factor.damp:g}")
+                results = round_with_feedback(weights, factor, grid, clip=clip, columns=columns)
+            else:
+                if scheme.feeds_back:
+                    self._notes.append(f"{', '.join(names)}: H cannot be factorized, rounded to nearest instead")
+                results = [round_nearest(w, site, grid, clip=clip, columns=columns) for w in weights]
+            quantized |= dict(zip(names, results, strict=True))
+        return quantized
+
+    def _errors(self, quantized: Mapping[str, QuantizedWeight]) -> tuple[float, float]:
+        """Relative output error of the quantized Linears and of plain rounding, in units of the original outputs."""
+        signal = error = rtn = 0.0
+        for site in self.sites:
+            for name in (n for n in site.linears if n in quantized):
+                stored = weight_of(self.layer, name)
+                sample = slice(None, None, -(-len(stored) // REPORT_ROWS))
+                rows, columns = self._rows.get(name), self._columns.get(name)
+                back = torch.ones_like(stored[sample])  # from the folded weight to the original one
+                if rows is not None:
+                    back *= rows[sample, None]
+                if columns is not None:
+                    back /= columns
+                w, found = stored[sample] * back, _rows_of(quantized[name], sample).dequantize() * back
+                grid = Grid.of(self._schemes[name], self.writer.scale_dtype)
+                signal += float(error_energy(w, site.H).sum())
+                error += float(error_energy(found - w, site.H).sum())
+                rtn += float(error_energy(grid.nearest(w) - w, site.H).sum())
+        signal = max(signal, 1e-30)
+        return error / signal, rtn / signal
+
+    def _write(self, quantized: Mapping[str, QuantizedWeight]) -> None:
+        parameters: dict[str, Tensor] = dict(self.layer.named_parameters())
+        for name in sorted(parameters, key=lambda n: self.stream.stored_name(self.index, n)):
+            key = self.stream.stored_name(self.index, name)
+            source = self.stream.stored_dtype(self.index, name)
+            module, _, kind = name.rpartition(".")
+            if module not in quantized:
+                self.writer.add(key, parameters[name], source)
+            elif kind == "weight":
+                bias = parameters.get(f"{module}.bias")
+                if bias is not None:
+                    dtype = self.stream.stored_dtype(self.index, f"{module}.bias")
+                    bias = bias.to(self.writer.storage_dtype(dtype))
+                self.writer.add_linear(key.removesuffix(".weight"), quantized[module], bias)
 
 
-def _kept(name: str, linear: nn.Linear, settings: AwqSettings) -> bool:
-    return not is_quantized_linear(f"{name}.weight", tuple(linear.weight.shape), settings.modules_to_not_convert)
-
-
-def _search(
-    layer: nn.Module,
-    linears: tuple[str, ...],
-    H: Tensor,  # noqa: N803
-    mean_abs: Tensor,
-    fold: Fold | None,
-    grid: Grid,
-    ratios: int,
-) -> _Site:
-    group = [weight_of(layer, name) for name in linears]
-    channels, width = (fold.channels.to(H.device), fold.width) if fold else (None, H.shape[0])
-    choice = search_scale(group, H, mean_abs, grid, ratios, channels, width)
-    signal = sum(float(error_energy(w, H).sum()) for w in group)
-    return _Site(linears, H, fold, choice, signal)
-
-
-def _fold(
-    layer: nn.Module,
-    sites: list[_Site],
-    stream: LayerStream,
-    index: int,
-    probe: Tensor,
-    storage: torch.dtype,
-    reset: Callable[[], None],
-) -> tuple[list[str], dict[str, Tensor]]:
-    """Fold the chosen scales that leave the layer's output unchanged, and scale each site's H to match.
-
-    Returns:
-        Notes about scales that could not be used, and for each Linear whose rows were divided, by what (out,).
-    """
-    wanted = {site.fold: site for site in sites if site.fold is not None and site.choice.scale is not None}
-    columns: dict[Fold, Tensor] = {}
-
-    def apply(fold: Fold) -> None:
-        scale = wanted[fold].choice.scale
-        assert scale is not None
-        columns[fold] = apply_fold(layer, fold, scale, storage)
-
-    failed = verify(
-        list(wanted),
-        run=lambda: call_layer(layer, probe, stream.arguments(index, probe)),
-        apply=apply,
-        reset=reset,
-        hidden=probe,
-    )
-    notes = [f"{', '.join(s.linears)}: no place to fold a scale, rounded without" for s in sites if s.fold is None]
-    row_scales: dict[str, Tensor] = {}
-    for fold, site in wanted.items():
-        if fold in failed:
-            notes.append(f"{', '.join(site.linears)}: scale not folded into {fold.producer}, {failed[fold]}")
-            continue
-        site.H = site.H / columns[fold][:, None] / columns[fold]
-        if weight_of(layer, fold.producer).dim() == 2 and site.choice.scale is not None:
-            row_scales[fold.producer] = site.choice.scale
-    return notes, row_scales
-
-
-def _round(
-    layer: nn.Module, sites: list[_Site], grid: Grid, clipping: bool, row_scales: dict[str, Tensor]
-) -> tuple[float, dict[str, QuantizedWeight]]:
-    """Quantize all Linears; the energy of their output errors is in units of the original outputs."""
-    total = 0.0
-    quantized: dict[str, QuantizedWeight] = {}
-    for site in sites:
-        for name in site.linears:
-            quantized[name], energy = quantize_weight(weight_of(layer, name), site.H, grid, clipping=clipping)
-            total += float((energy * row_scales[name].square()).sum() if name in row_scales else energy.sum())
-    return total, quantized
-
-
-def _write(
-    layer: nn.Module, prefix: str, quantized: dict[str, QuantizedWeight], weights: WeightFiles, writer: Writer
-) -> None:
-    parameters = dict(layer.named_parameters())
-    for name in sorted(parameters):
-        module, _, kind = name.rpartition(".")
-        if module not in quantized:
-            writer.add(f"{prefix}.{name}", parameters[name], weights.dtype(f"{prefix}.{name}"))
-        elif kind == "weight":
-            bias = parameters.get(f"{module}.bias")
-            target = None if bias is None else bias.to(writer.storage_dtype(weights.dtype(f"{prefix}.{module}.bias")))
-            writer.add_linear(f"{prefix}.{module}", quantized[module], target)
+def _rows_of(weight: QuantizedWeight, rows: slice) -> QuantizedWeight:
+    return QuantizedWeight(weight.q[rows], weight.scale[rows], weight.zero[rows], weight.bits, weight.symmetric)

@@ -1,89 +1,51 @@
 """Streams a model through memory: embeddings once, then one decoder layer at a time.
 
-Holds one layer's weights plus the activations of all calibration tokens (in CPU memory, in the compute type).
+Holds one layer's weights plus the activations of all calibration tokens, in memory or on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from backend.errors import CheckpointError, DataError
-from backend.formats.headers import read_headers
-from backend.quantize.architecture import EMBEDDING, FINAL_NORM, LAYERS, Architecture
-from backend.quantize.groups import weight_of
+from backend.errors import DataError
+from backend.quantize.activations import MEMORY_LIMIT, Activations
+from backend.quantize.architecture import Architecture
+from backend.quantize.embed import Embedder, LayerCall
+from backend.quantize.weights import WeightFiles
 
 MICROBATCH_TOKENS = 4096
 PROBE_TOKENS = 64
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class WeightFiles:
-    """Reads tensors of a checkpoint by name; a file is mapped only while it is read.
+@dataclass(frozen=True)
+class _Part:
+    """Samples that pass a layer together, (samples, longest of them), and how much of each is text."""
 
-    Args:
-        model_dir: Folder with safetensors.
-    """
-
-    def __init__(self, model_dir: Path) -> None:
-        self._folder = model_dir
-        self._stored = {info.name: info for info in read_headers(model_dir)}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The type in which a tensor is stored."""
-        return STORED_DTYPES[self._stored[name].dtype]
-
-    def read(self, names: list[str], device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """Copies of the named tensors on a device, cast to `dtype` (None: as stored).
-
-        Raises:
-            CheckpointError: If a file has become unreadable.
-        """
-        tensors: dict[str, Tensor] = {}
-        for file in sorted({self._stored[name].file for name in names}):
-            path = self._folder / file
-            try:
-                with safe_open(str(path), framework="pt", device="cpu") as mapped:
-                    for name in (n for n in names if self._stored[n].file == file):
-                        stored = mapped.get_tensor(name)
-                        tensors[name] = stored.to(device, dtype or stored.dtype, copy=True)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} cannot be read: {error}") from None
-        return tensors
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: notes what it is called with and hands its input on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arguments: dict[str, Any] = {}
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert not args, "decoder layers take everything but the hidden states by keyword"
-        self.arguments = kwargs
-        return hidden_states
+    tokens: Tensor
+    mask: Tensor | None  # (samples, length), True where there is text; None: everywhere
 
 
 class LayerStream:
     """The calibration activations on their way through the model.
 
-    The model's own forward, run over recorders in place of its layers, embeds the tokens and gives each layer's
-    arguments (masks, rotary embeddings), so nothing about them is assumed here.
-
     Args:
         architecture: The model without weights.
         weights: Its checkpoint.
         tokens: (samples, length), int64.
+        lengths: Tokens of each sample that are text, (samples,); what follows is padding. None: all.
         device: Where layers run.
         dtype: Type of activations and of the weights in forward passes.
         microbatch: Samples per forward pass; None: as many as make 4096 tokens.
+        folder: Where activations are kept for a later process, None if they need not be.
+        memory_limit: Bytes of activations above which they live on disk.
+        start: Layer to begin with; above 0 its inputs must be in `folder`.
 
     Raises:
         DataError: If tokens are empty, not two-dimensional, or outside the vocabulary.
@@ -94,80 +56,124 @@ class LayerStream:
         architecture: Architecture,
         weights: WeightFiles,
         tokens: Tensor,
+        lengths: Tensor | None,
         device: torch.device,
         dtype: torch.dtype,
+        *,
         microbatch: int | None = None,
+        folder: Path | None = None,
+        memory_limit: int = MEMORY_LIMIT,
+        start: int = 0,
     ) -> None:
-        vocabulary = weight_of(architecture.model, EMBEDDING).shape[0]
-        if tokens.dim() != 2 or tokens.numel() == 0:
-            raise DataError(f"Calibration tokens have shape {tuple(tokens.shape)}; (samples, length) is expected.")
-        if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-            raise DataError(
-                f"Calibration tokens go from {int(tokens.min())} to {int(tokens.max())}, but the model knows "
-                f"{vocabulary}; was the text tokenized with another model's tokenizer?"
-            )
+        _check_tokens(tokens, lengths, architecture.vocabulary)
         self._architecture, self._weights = architecture, weights
         self.device, self.dtype = device, dtype
         self.layers = len(architecture.layers)
-        self._size = microbatch or max(1, MICROBATCH_TOKENS // tokens.shape[1])
-        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        self._probe_length = min(PROBE_TOKENS, tokens.shape[1])
-        self.parts = self._embed(tokens)
+        self._parts = _parts(tokens, lengths, microbatch)
+        self._calls: dict[tuple[int, int], list[LayerCall]] = {}
+        self._probe_length = min(PROBE_TOKENS, self._parts[0].tokens.shape[1])
+        self._embed(folder, memory_limit, start)
 
-    def _embed(self, tokens: Tensor) -> list[Tensor]:
-        model = self._architecture.model
-        layers, norm = model.get_submodule(LAYERS), model.get_submodule(FINAL_NORM)
-        recorders = [_Recorder() for _ in self._architecture.layers]
-        name = f"{EMBEDDING}.weight"
-        try:
-            assign(model, self._weights.read([name], self.device, self.dtype))
-            model.set_submodule(LAYERS, nn.ModuleList(recorders))
-            model.set_submodule(FINAL_NORM, nn.Identity())
-            body = model.get_submodule("model").to(self.device)
-            self._run_recorders(body, recorders, tokens[:1, : self._probe_length])
-            return [self._run_recorders(body, recorders, part) for part in tokens.split(self._size)]
-        finally:
-            model.set_submodule(LAYERS, layers)
-            model.set_submodule(FINAL_NORM, norm)
-            _release(model.get_submodule(EMBEDDING))
+    def _embed(self, folder: Path | None, memory_limit: int, start: int) -> None:
+        with Embedder(self._architecture, self._weights, self.device, self.dtype) as embedder:
+            probe = self._parts[0].tokens[:1, : self._probe_length]
+            hidden, self._calls[(1, self._probe_length)] = embedder(probe)
+            width = hidden.shape[-1]
+            shapes = [(*part.tokens.shape, width) for part in self._parts]
+            self.activations = Activations(shapes, self.dtype, folder, memory_limit)
+            resumed = start > 0 and self.activations.restore(start)
+            self.start = start if resumed else 0
+            for number, part in enumerate(self._parts):
+                shape = (part.tokens.shape[0], part.tokens.shape[1])
+                if not resumed or shape not in self._calls:
+                    hidden, self._calls[shape] = embedder(part.tokens)
+                if not resumed:
+                    self.activations.write(number, hidden, first=True)
 
-    def _run_recorders(self, body: nn.Module, recorders: list[_Recorder], tokens: Tensor) -> Tensor:
-        hidden: Tensor = body(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
-        self._arguments[(tokens.shape[0], tokens.shape[1])] = [r.arguments for r in recorders]
-        return hidden.to("cpu")
-
-    def arguments(self, index: int, hidden: Tensor) -> dict[str, Any]:
+    def call(self, index: int, hidden: Tensor) -> LayerCall:
         """What layer `index` is called with beside hidden states of this shape."""
-        return self._arguments[(hidden.shape[0], hidden.shape[1])][index]
+        return self._calls[(hidden.shape[0], hidden.shape[1])][index]
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights on the device; released at the end."""
         layer = self._architecture.layers[index]
-        prefix = f"{LAYERS}.{index}."
-        names = [prefix + name for name, _ in layer.named_parameters()]
-        tensors = self._weights.read(names, self.device, self.dtype)
-        assign(layer, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-        del tensors
+        names = [name for name, _ in layer.named_parameters()]
+        assign(layer, self.read(index, names, self.dtype))
         try:
             yield layer
         finally:
             _release(layer)
 
-    def advance(self, index: int, layer: nn.Module) -> None:
-        """Run the layer over all activations and keep its outputs in their place."""
-        for number, part in enumerate(self.parts):
-            hidden = part.to(self.device)
-            self.parts[number] = call_layer(layer, hidden, self.arguments(index, hidden)).to("cpu")
+    def read(self, index: int, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Parameters of layer `index` from the checkpoint, by their names inside the layer."""
+        stored = {name: self.stored_name(index, name) for name in names}
+        tensors = self._weights.read(list(stored.values()), self.device, dtype)
+        return {name: tensors[key] for name, key in stored.items()}
+
+    def stored_name(self, index: int, name: str) -> str:
+        """What the checkpoint calls a parameter of layer `index`."""
+        return self._architecture.stored_name(f"{self.prefix(index)}.{name}")
+
+    def prefix(self, index: int) -> str:
+        """Full name of layer `index`, e.g. `model.layers.3`."""
+        return f"{self._architecture.layers_path}.{index}"
+
+    def stored_dtype(self, index: int, name: str) -> torch.dtype:
+        """The type in which the checkpoint holds a parameter of layer `index`."""
+        return self._weights.dtype(self.stored_name(index, name))
+
+    def advance(self, index: int, layer: nn.Module) -> Iterator[Tensor | None]:
+        """Run the layer over all activations and store its outputs in their place.
+
+        Yields:
+            Before each part runs: where it is text, (samples, length), or None for everywhere.
+        """
+        for number, part in enumerate(self._parts):
+            yield None if part.mask is None else part.mask.to(self.device)
+            hidden = self.activations.read(number).to(self.device)
+            self.activations.write(number, call_layer(layer, hidden, self.call(index, hidden)))
+        self.activations.advance()
 
     def probe(self) -> Tensor:
         """The first tokens' activations before the current layer, (1, up to 64, width), float32."""
-        return self.parts[0][:1, : self._probe_length].to(self.device, torch.float32)
+        return self.activations.read(0)[:1, : self._probe_length].to(self.device, torch.float32)
 
 
-def call_layer(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+def _check_tokens(tokens: Tensor, lengths: Tensor | None, vocabulary: int) -> None:
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise DataError(f"Calibration tokens have shape {tuple(tokens.shape)}; (samples, length) is expected.")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise DataError(
+            f"Calibration tokens go from {int(tokens.min())} to {int(tokens.max())}, but the model knows "
+            f"{vocabulary}; was the text tokenized with another model's tokenizer?"
+        )
+    if lengths is not None and (
+        lengths.shape != tokens.shape[:1] or int(lengths.min()) < 1 or int(lengths.max()) > tokens.shape[1]
+    ):
+        raise DataError(f"Lengths of {len(tokens)} samples must be 1 to {tokens.shape[1]} each, one per sample.")
+
+
+def _parts(tokens: Tensor, lengths: Tensor | None, microbatch: int | None) -> list[_Part]:
+    """Samples of like length together, so that little padding is computed."""
+    if lengths is None:
+        size = microbatch or max(1, MICROBATCH_TOKENS // tokens.shape[1])
+        return [_Part(part, None) for part in tokens.split(size)]
+    order = lengths.argsort(descending=True, stable=True).tolist()
+    parts: list[_Part] = []
+    while order:
+        longest = int(lengths[order[0]])
+        size = microbatch or max(1, MICROBATCH_TOKENS // longest)
+        rows, order = order[:size], order[size:]
+        mask = torch.arange(longest) < lengths[rows, None]
+        parts.append(_Part(tokens[rows, :longest], None if bool(mask.all()) else mask))
+    return parts
+
+
+def call_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     """The layer's output hidden states; tensors among the arguments are cast to the type of `hidden`."""
-    output = layer(hidden, **{name: _cast(value, hidden.dtype) for name, value in arguments.items()})
+    args = (_cast(value, hidden.dtype) for value in call.args)
+    output = layer(hidden, *args, **{name: _cast(value, hidden.dtype) for name, value in call.kwargs.items()})
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -176,6 +182,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         return value.to(dtype)
     if isinstance(value, tuple):
         return tuple(_cast(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
     return value
 
 

@@ -1,86 +1,88 @@
-"""Small random models in folders, and the settings that fit them."""
+"""Small random models in folders, and recipes that fit them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from torch import Tensor
 
+from backend.formats.config import read_config_json
+from backend.formats.headers import read_headers
 from backend.formats.loader import load_model
+from backend.formats.stored_linears import stored_linears
+from backend.formats.weight import QuantizedWeight
 from backend.formats.writer import CheckpointWriter
-from backend.quantize import AwqSettings, QuantizationReport, quantize_awq
+from backend.quantize.pipeline import quantize as run
+from backend.quantize.recipe import Recipe, Scheme
+from backend.quantize.report import QuantizationReport
+from backend.quantize.weights import WeightFiles
+from tests.quantize.models import CONFIGS, VOCABULARY, config, make_model, tokens
 
-VOCABULARY = 96
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-SETTINGS = AwqSettings(group_size=32)
-
-
-def config(kind: str = "llama", **changes: Any) -> PretrainedConfig:
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return CONFIGS[kind](**(sizes | changes))
+__all__ = [
+    "AWQ", "CONFIGS", "RTN", "VOCABULARY", "config", "linears", "logits", "make_model", "quantize", "quantize_all",
+    "recipe", "tokens",
+]  # fmt: skip
 
 
-def make_model(
-    folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0, **changes: Any
-) -> Path:
-    """A random model with uneven input channels (which is what AWQ is about), saved in `folder`."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(kind, **changes))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.copy_(torch.empty_like(parameter).log_normal_(0.0, 1.0))
-            elif name.endswith("bias"):
-                parameter.normal_(0.0, 0.3)
-            elif parameter.dim() == 2:
-                parameter.normal_(0.0, 0.08)
-                if "up_proj" in name or "v_proj" in name:
-                    parameter.mul_(torch.empty(parameter.shape[0], 1).log_normal_(0.0, 0.7))
-    model.to(dtype).save_pretrained(folder)
-    return folder
+def recipe(method: str = "AWQ", bits: int = 4, group_size: int = 32, symmetric: bool = False, **options: Any) -> Recipe:
+    scheme = Scheme(method, bits, group_size, symmetric)
+    return Recipe(**{"name": scheme.label, "scheme": scheme, **options})
 
 
-def tokens(samples: int = 6, length: int = 24, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
+AWQ = recipe()
+RTN = recipe("RTN", clip=False)  # nothing is searched
+
+
+def quantize_all(
+    source: Path,
+    out: Path,
+    recipes: Sequence[Recipe],
+    layout: str = "compressed-tensors",
+    stored: str | None = "float16",
+    **options: Any,
+) -> QuantizationReport:
+    """Each recipe into `out`/its name; `stored` is the type of what stays unquantized."""
+    writers = [CheckpointWriter(out / r.name, source, layout=layout, dtype=stored) for r in recipes]
+    ids = options.pop("tokens", tokens())
+    report = run(source, ids, recipes, writers, **{"dtype": torch.float32, **options})
+    for r, writer in zip(recipes, writers, strict=True):
+        writer.finish(report.kept[r.name])
+    return report
 
 
 def quantize(
     source: Path,
     out: Path,
-    settings: AwqSettings = SETTINGS,
-    version: str = "GEMM",
-    dtype: str | None = "float16",
-    **kw: Any,
+    recipe: Recipe = AWQ,
+    layout: str = "autoawq-gemm",
+    stored: str | None = "float16",
+    **options: Any,
 ) -> QuantizationReport:
-    writer = CheckpointWriter(out, source, version=version, dtype=dtype)
-    report = quantize_awq(
-        source, kw.pop("tokens", tokens()), settings, writer, dtype=kw.pop("dtype_", torch.float32), **kw
-    )
-    writer.finish()
+    """One recipe into `out` itself."""
+    writer = CheckpointWriter(out, source, layout=layout, dtype=stored)
+    ids = options.pop("tokens", tokens())
+    report = run(source, ids, [recipe], [writer], **{"dtype": torch.float32, **options})
+    writer.finish(report.kept[recipe.name])
     return report
 
 
-def logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def linears(folder: Path) -> dict[str, QuantizedWeight]:
+    """The quantized Linears of a finished folder, as its own config.json says they are to be read."""
+    reader = stored_linears(folder, read_config_json(folder)["quantization_config"])
+    assert reader is not None
+    files, found = WeightFiles(folder), {}
+    names = [info.name for info in read_headers(folder)]
+    for prefix in (n.removesuffix(f".{reader.required[0]}") for n in names if n.endswith(f".{reader.required[0]}")):
+        parts = [p for p in (*reader.required, *reader.optional) if f"{prefix}.{p}" in files]
+        tensors = files.read([f"{prefix}.{p}" for p in parts], torch.device("cpu"), None)
+        found[prefix], order = reader.unpack(prefix, {p: tensors[f"{prefix}.{p}"] for p in parts})
+        assert order is None
+    return found
+
+
+def logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
     with torch.no_grad():
         return load_model(folder, dtype=dtype)(tokens(2, 16, seed=5)).logits
