@@ -37,14 +37,31 @@ class CalibrationSettings(BaseModel):
         unit="tokens",
         ge=16,
         le=131072,
-        help="Tokens per calibration sequence. Rows of text are joined and cut into sequences of this length.",
+        help="Tokens per calibration sequence: rows of text are joined and cut to this length, or each is cut there.",
+    )
+    PACKING: Literal["join", "sample"] = setting(
+        "join",
+        label="Rows",
+        section="Calibration",
+        advanced=True,
+        help="join: rows follow one another and are cut into sequences of equal length. sample: every row is one "
+        "sequence of its own, at most SEQUENCE_LENGTH long, as in llm-compressor's guides.",
+    )
+    CHAT_TEMPLATE: Literal["auto", "on", "off"] = setting(
+        "auto",
+        label="Chat template",
+        section="Calibration",
+        advanced=True,
+        help="auto: rows that hold a list of messages are written out by the model's own chat template. on: a row "
+        "of plain text too, as one message of the user. off: only the text of messages is read.",
     )
     SHUFFLE: StrictBool = setting(
         False,
         label="Shuffle rows",
         section="Calibration",
         advanced=True,
-        help="On: rows are drawn in a random order fixed by the seed. Off: in the order of the dataset.",
+        help="On: rows are drawn in a random order fixed by the seed, the order of datasets' own shuffle(seed). "
+        "Off: in the order of the dataset.",
     )
     SEED: StrictInt = setting(
         0,
@@ -55,6 +72,12 @@ class CalibrationSettings(BaseModel):
         advanced=True,
         help="Fixes the shuffling. The same file with the same seed gives the same checkpoint.",
     )
+
+    @field_validator("CHAT_TEMPLATE", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        # YAML writers disagree on whether a bare `on` is text or True.
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class TaskSettings(BaseModel):

@@ -1,73 +1,87 @@
 """Calibration text as token sequences.
 
-Rows are read in order (or shuffled by the seed), empty rows are skipped, the rest is joined and cut into
-sequences of equal length. AutoAWQ itself drops rows longer than 512 tokens and counts empty ones as samples,
-so that wikitext yields far fewer tokens than asked for; here 128 x 512 means 65 536 tokens.
+Rows are read in order (or shuffled by the seed) and empty rows are skipped. `join` lets the rest follow one another
+and cuts sequences of equal length; `sample` makes every row a sequence of its own, at most that long. AutoAWQ itself
+drops rows longer than 512 tokens and counts empty ones as samples, so that wikitext yields far fewer tokens than
+asked for; here 128 x 512 joined means 65 536 tokens.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 from backend.errors import DataError
+from backend.sources.messages import is_empty
+from backend.sources.shuffle import shuffled
 
-Encoder = Callable[[Sequence[str]], list[list[int]]]
-"""From a batch of texts to the token ids of each, with the model's own special tokens."""
+Encoder = Callable[[Sequence[Any]], list[list[int]]]
+"""From a batch of rows (texts, or conversations) to the token ids of each, with the model's own special tokens."""
+
+BATCH = 64
 
 
 def token_sequences(
-    rows: Iterable[str], encode: Encoder, *, samples: int, length: int, shuffle: bool, seed: int
+    rows: Iterable[Any],
+    encode: Encoder,
+    *,
+    samples: int,
+    length: int,
+    shuffle: bool,
+    seed: int,
+    packing: Literal["join", "sample"] = "join",
 ) -> list[list[int]]:
     """Cut text into calibration sequences.
 
     Args:
-        rows: Text, one string per row.
+        rows: One text or conversation per row.
         encode: Tokenizes a batch of rows.
         samples: Sequences wanted; fewer are returned if the text ends before.
-        length: Tokens per sequence.
-        shuffle: Draw the rows in random order (all rows are read then).
+        length: Tokens per sequence; for `sample` the most a sequence may have.
+        shuffle: Draw the rows in random order.
         seed: Fixes that order.
+        packing: `join` or `sample`.
 
     Returns:
-        At least one sequence of exactly `length` token ids.
+        At least one sequence of exactly (`sample`: at most) `length` token ids.
 
     Raises:
         DataError: If there is no text, or less than one sequence.
     """
-    if shuffle:
-        rows = list(rows)
-        random.Random(seed).shuffle(rows)
     ids: list[int] = []
+    sequences: list[list[int]] = []
     found = used = 0
-    batch: list[str] = []
-    wanted = samples * length
+    batch: list[Any] = []
 
-    def flush() -> None:
-        for tokens in encode(batch):
-            ids.extend(tokens)
+    def flush() -> bool:
+        """Encode what is waiting; whether there is enough now."""
+        for tokens in encode(batch) if batch else ():
+            if packing == "join":
+                ids.extend(tokens)
+            elif tokens:
+                sequences.append(tokens[:length])
         batch.clear()
+        return (len(ids) >= samples * length) if packing == "join" else (len(sequences) >= samples)
 
-    for row in rows:
+    for row in shuffled(rows, seed) if shuffle else rows:
         found += 1
-        if not row.strip():
+        if is_empty(row):
             continue
         used += 1
         batch.append(row)
-        if len(batch) == 64:
-            flush()
-            if len(ids) >= wanted:
-                break
-    if batch:
-        flush()
-    if not used:
+        if len(batch) == BATCH and flush():
+            break
+    flush()
+    if not used or (packing == "sample" and not sequences):
         raise DataError(
             f"the calibration text has {found} rows and all are empty; choose another TEXT_COLUMN or dataset"
         )
+    if packing == "sample":
+        return sequences[:samples]
     if len(ids) < length:
         raise DataError(
             f"the calibration text has {len(ids)} tokens in {used} rows; one sequence needs {length}. "
-            "Give more text, or set a smaller CALIBRATION.SEQUENCE_LENGTH"
+            "Give more text, set a smaller CALIBRATION.SEQUENCE_LENGTH, or set CALIBRATION.PACKING to sample"
         )
     count = min(samples, len(ids) // length)
     return [ids[i * length : (i + 1) * length] for i in range(count)]

@@ -8,19 +8,21 @@ and writes the evaluation text to a file, so that later stages need no network.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from backend.child import run_child
+from backend.engines.llm_problems import check_llm
 from backend.errors import ModelError
 from backend.event_stream import EventWriter
 from backend.paths import Home
-from backend.schema import parse_yaml
+from backend.quantize.recipe import Recipe
+from backend.schema import JobConfig, parse_yaml
 from backend.sources.calibration import token_sequences
+from backend.sources.messages import row_encoder
 from backend.sources.models import resolve_model
 from backend.sources.plan import calibration_source, evaluation_source
-from backend.sources.texts import read_rows
+from backend.sources.texts import read_calibration_rows, read_rows
 
 WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -64,7 +66,8 @@ def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
 
     Returns:
         `model_dir`, `model_commit` (Hub models), `tokens_file` (safetensors with `tokens`, int64, samples x
-        length), `samples` made and `samples_wanted`, `text_file` and `text_name` of the perplexity text or None.
+        length; where sequences differ in length also `lengths`, int64, samples), `samples` made and
+        `samples_wanted`, `text_file` and `text_name` of the perplexity text or None.
     """
     home = Home.at(request["home"])
     config = parse_yaml(request["config"]).config
@@ -78,19 +81,18 @@ def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     if model_dir is None:
         model_dir, commit = download_model(source.id, home.cache_dir(config) / "hub")
 
-    from backend.quantize import AwqSettings, check_model
-
-    check_model(model_dir, AwqSettings(group_size=config.algorithm_settings.Q_GROUP_SIZE))
+    _check_model(model_dir, config)
 
     calibration = calibration_source(config, home)
     events.note(stage="download", message=f"calibration text {calibration.label}")
     sequences = token_sequences(
-        read_rows(calibration, home.cache_dir(config) / "datasets"),
-        _encoder(model_dir),
+        read_calibration_rows(calibration, home.cache_dir(config) / "datasets"),
+        row_encoder(_tokenizer(model_dir), config.CALIBRATION.CHAT_TEMPLATE),
         samples=config.CALIBRATION.SAMPLES,
         length=config.CALIBRATION.SEQUENCE_LENGTH,
         shuffle=config.CALIBRATION.SHUFFLE,
         seed=config.CALIBRATION.SEED,
+        packing=config.CALIBRATION.PACKING,
     )
     tokens_file = _save_tokens(sequences, out / "calibration.safetensors")
 
@@ -113,26 +115,48 @@ def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     }
 
 
-def _encoder(model_dir: Path) -> Any:
-    """The model's tokenizer as a function from texts to token ids."""
+def _check_model(model_dir: Path, config: JobConfig) -> None:
+    """Refuse what the engine of the job cannot quantize, before the text is read.
+
+    Raises:
+        ModelError: If the model is not supported.
+        ConfigErrors: If it does not go with the settings.
+        CheckpointError: If its files are broken.
+    """
+    from backend.engines.configurations import configurations
+
+    planned = configurations(config)
+    recipes = [Recipe.from_dict(c.request["recipe"]) for c in planned if c.engine == "native"]
+    if recipes:
+        from backend.quantize.check import check_model
+
+        check_model(model_dir, recipes)
+    for configuration in planned:
+        if config.ALGORITHM == "LLMCompressor" and configuration.engine != "native":
+            check_llm(model_dir, configuration.request["settings"])
+
+
+def _tokenizer(model_dir: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{model_dir} has no usable tokenizer: {str(error).splitlines()[0]}") from None
 
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        return tokenizer(list(texts))["input_ids"]
-
-    return encode
-
 
 def _save_tokens(sequences: list[list[int]], path: Path) -> Path:
+    """Sequences of one length as they are; others filled up with zeros beside their `lengths`."""
     import torch
     from safetensors.torch import save_file
 
-    save_file({"tokens": torch.tensor(sequences, dtype=torch.int64)}, str(path))
+    lengths = [len(sequence) for sequence in sequences]
+    longest = max(lengths)
+    rows = [sequence + [0] * (longest - len(sequence)) for sequence in sequences]
+    tensors = {"tokens": torch.tensor(rows, dtype=torch.int64)}  # (samples, length)
+    if min(lengths) < longest:
+        tensors["lengths"] = torch.tensor(lengths, dtype=torch.int64)  # (samples,)
+    save_file(tensors, str(path))
     return path
 
 

@@ -6,33 +6,47 @@ the module tree of transformers; a job does that first of all.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from backend.errors import ConfigError, ModelError
 from backend.formats.config import EXPERT_KEYS, read_config_json
 from backend.formats.headers import TensorInfo, read_headers
-from backend.formats.size import LAYER, is_quantized_linear
+from backend.formats.layouts import refusal
+from backend.formats.size import LAYER, drop_tied_head, is_layer_linear
+from backend.quantize.recipe import GROUP_SIZES, PER_CHANNEL, Recipe
 
-GROUP_SIZES = (128, 64, 32)
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-SUPPORTED = "Supported are dense decoder-only models like Llama, Mistral, Qwen2 and Qwen3"
+SUPPORTED = (
+    "Supported are dense decoder-only models like Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3, OPT and GPT-NeoX"
+)
 
 
-def quick_check(folder: Path, group_size: int, keep: tuple[str, ...]) -> list[TensorInfo]:
+@dataclass(frozen=True)
+class QuickFacts:
+    """A model that can be quantized.
+
+    Attributes:
+        config: Its config.json.
+        headers: Every tensor, without a copy of tied embeddings.
+        linears: Names of the Linears of its decoder layers and their weights' (out, in).
+    """
+
+    config: dict[str, Any]
+    headers: list[TensorInfo]
+    linears: dict[str, tuple[int, int]]
+
+
+def quick_check(folder: Path) -> QuickFacts:
     """Refuse a model that cannot be quantized.
-
-    Args:
-        folder: Model folder.
-        group_size: Weights per group.
-        keep: Linears whose name contains one of these stay in 16 bits.
-
-    Returns:
-        The headers, for further use.
 
     Raises:
         ModelError: If it is quantized already, or of an architecture that is not supported.
         CheckpointError: If weight files are missing, truncated, corrupt or pickles.
-        ConfigError: With key `Q_GROUP_SIZE` if a width does not divide into groups.
     """
     config = read_config_json(folder)
     name = (config.get("architectures") or [config.get("model_type") or "this model"])[0]
@@ -47,30 +61,84 @@ def quick_check(folder: Path, group_size: int, keep: tuple[str, ...]) -> list[Te
             )
     if config.get("model_type") in CONV1D_TYPES:
         raise ModelError(f"{name} cannot be quantized: its weights are Conv1D modules, not Linears. {SUPPORTED}")
-    headers = read_headers(folder)
-    linears = [t for t in headers if is_quantized_linear(t.name, t.shape, keep)]
-    if not linears:
+    headers = drop_tied_head(read_headers(folder), config)
+    found = [t for t in headers if is_layer_linear(t.name, t.shape)]
+    if not found:
         raise ModelError(
             f"{name} cannot be quantized: no Linear weights in numbered decoder layers were found. {SUPPORTED}"
         )
-    layers = {int(match.group(1)) for t in linears if (match := LAYER.search(t.name))}
+    layers = {int(match.group(1)) for t in found if (match := LAYER.search(t.name))}
     expected = config.get("num_hidden_layers")
     if isinstance(expected, int) and layers != set(range(expected)):
         raise ModelError(f"{folder} holds the weights of {len(layers)} decoder layers; config.json says {expected}")
-    _check_widths(linears, group_size)
-    return headers
+    return QuickFacts(config, headers, {t.name.removesuffix(".weight"): (t.shape[0], t.shape[1]) for t in found})
 
 
-def _check_widths(linears: list[TensorInfo], group_size: int) -> None:
-    for tensor in linears:
-        width = tensor.shape[1]
-        if width % group_size:
-            fitting = [g for g in GROUP_SIZES if all(t.shape[1] % g == 0 for t in linears)]
-            advice = (
-                f"use {' or '.join(map(str, fitting))}" if fitting else "this model's widths fit none of 128, 64, 32"
-            )
+def kept_linears(linears: Mapping[str, tuple[int, int]], recipe: Recipe, layout: str) -> dict[str, str]:
+    """The Linears that a recipe leaves in 16 bits, and why.
+
+    Args:
+        linears: Name -> (out, in).
+        recipe: What happens to each.
+        layout: One of `backend.formats.layouts.LAYOUTS`.
+
+    Raises:
+        ConfigError: If it leaves all of them, or one of its exceptions is about none of them. The key is that of
+            the YAML: `Q_GROUP_SIZE`, `KEEP`, `FORMAT` or `OVERRIDES.N.PATTERN`.
+    """
+    for number, override in enumerate(recipe.overrides):
+        if not any(fnmatchcase(name, override.pattern) for name in linears):
             raise ConfigError(
-                f"found {group_size}, which does not divide the {width} inputs of {tensor.name}; {advice}",
-                key="Q_GROUP_SIZE",
-                value=group_size,
+                f"found {override.pattern!r}, which matches no Linear; this model has e.g. {next(iter(linears))}",
+                key=f"OVERRIDES.{number}.PATTERN",
+                value=override.pattern,
             )
+    kept = {}
+    for name, shape in linears.items():
+        scheme = recipe.scheme_for(name, shape[1])
+        reason = scheme if isinstance(scheme, str) else refusal(layout, scheme, shape, recipe.scheme.group_size)
+        if reason:
+            kept[name] = reason
+    if len(kept) == len(linears):
+        raise _nothing_left(linears, recipe, kept)
+    return kept
+
+
+def _nothing_left(linears: Mapping[str, tuple[int, int]], recipe: Recipe, kept: Mapping[str, str]) -> ConfigError:
+    """Why a recipe quantizes nothing at all, at the key that has to change."""
+    size = recipe.scheme.group_size
+    widths = sorted({width for _, width in linears.values()})
+    if size != PER_CHANNEL and all(width % size for width in widths):
+        return ConfigError(
+            f"found {size}, which does not divide the inputs of any Linear ({', '.join(map(str, widths))}), so nothing "
+            f"would be quantized; {_fitting(widths)}",
+            key="Q_GROUP_SIZE",
+            value=size,
+        )
+    in_the_name = any(any(part in name for part in recipe.keep) for name in kept)
+    reason = Counter(kept.values()).most_common(1)[0][0]
+    return ConfigError(
+        f"nothing would be quantized: all {len(linears)} Linears stay in 16 bits, e.g. {next(iter(kept))}, "
+        f"since {reason}",
+        key="KEEP" if in_the_name else "OVERRIDES" if None in [o.scheme for o in recipe.overrides] else "FORMAT",
+    )
+
+
+def _fitting(widths: Sequence[int]) -> str:
+    for_all = [g for g in sorted(GROUP_SIZES, reverse=True) if all(width % g == 0 for width in widths)]
+    if for_all:
+        return f"use {_words(for_all)} to fit all of them"
+    for_some = [g for g in sorted(GROUP_SIZES, reverse=True) if any(width % g == 0 for width in widths)]
+    return f"use {_words(for_some)} to fit some of them" if for_some else "neither does 128, 64 or 32"
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))
+
+
+def kept_note(kept: Mapping[str, str], total: int) -> str:
+    """One sentence on the Linears that stay in 16 bits, e.g. `4 of 28 Linears stay in 16 bits: 4 since ...`."""
+    reasons = Counter(kept.values())
+    first = {reason: next(name for name, why in kept.items() if why == reason) for reason in reasons}
+    parts = [f"{count} since {reason} (e.g. {first[reason]})" for reason, count in reasons.most_common()]
+    return f"{len(kept)} of {total} Linears stay in 16 bits: {'; '.join(parts)}."

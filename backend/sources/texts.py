@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from backend.demo import TEXT_FILES
 from backend.errors import DataError
 from backend.schema import DEMO
+from backend.sources.messages import CalibrationRow, is_messages, plain_text
 
 FILE_KINDS = (".jsonl", ".csv", ".parquet", ".txt")
 
@@ -53,21 +54,78 @@ class TextSource:
         return self.path is not None or self.name == DEMO
 
 
-def read_rows(source: TextSource, cache_dir: Path | None = None) -> Iterator[str]:
-    """The rows of a source as text, in order.
+def read_rows(source: TextSource, cache_dir: Path | None = None) -> Iterable[str]:
+    """The rows of a source as text, in order; of conversations, what was said.
+
+    The rows can be gone through more than once; each time the source is read from its start.
 
     Raises:
-        DataError: If the file, split or a column does not exist, or the download fails.
+        DataError: While they are read, if the file, split or a column does not exist, or the download fails.
     """
-    for number, row in enumerate(_records(source, cache_dir)):
-        missing = [c for c in source.columns if c not in row]
-        if missing:
-            raise DataError(
-                f"TEXT_COLUMN: row {number + 1} of {source.label} has no column {missing[0]!r}; "
-                f"it has {', '.join(map(str, row))}"
-            )
-        values = {c: "" if row[c] is None else str(row[c]) for c in source.columns}
-        yield source.template.format(**values) if source.template else values[source.columns[0]]
+    return _Read(source, cache_dir, _as_text)
+
+
+def read_calibration_rows(source: TextSource, cache_dir: Path | None = None) -> Iterable[CalibrationRow]:
+    """As `read_rows`, but a conversation stays a list of messages, for a chat template to write out.
+
+    A dataset from the Hub or a saved folder gives a sequence, so that rows can be picked without reading all.
+    """
+    records = _records(source, cache_dir)
+    if isinstance(records, Iterator):
+        return _Read(source, cache_dir, _as_row)
+    return _Picked(source, records)
+
+
+def _as_row(source: TextSource, number: int, record: dict[str, Any]) -> CalibrationRow:
+    missing = [c for c in source.columns if c not in record]
+    if missing:
+        raise DataError(
+            f"TEXT_COLUMN: row {number + 1} of {source.label} has no column {missing[0]!r}; "
+            f"it has {', '.join(map(str, record))}"
+        )
+    if not source.template and is_messages(record[source.columns[0]]):
+        return record[source.columns[0]]
+    values = {c: _text(record[c]) for c in source.columns}
+    return source.template.format(**values) if source.template else values[source.columns[0]]
+
+
+def _as_text(source: TextSource, number: int, record: dict[str, Any]) -> str:
+    row = _as_row(source, number, record)
+    return row if isinstance(row, str) else plain_text(row)
+
+
+def _text(value: Any) -> str:
+    if is_messages(value):
+        return plain_text(value)
+    return "" if value is None else str(value)
+
+
+class _Read(Iterable[Any]):
+    """Rows that are read from the start whenever somebody goes through them."""
+
+    def __init__(self, source: TextSource, cache_dir: Path | None, convert: Any) -> None:
+        self._source, self._cache_dir, self._convert = source, cache_dir, convert
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, record in enumerate(_records(self._source, self._cache_dir)):
+            yield self._convert(self._source, number, record)
+
+
+class _Picked(Sequence[Any]):
+    """Rows of a dataset with random access."""
+
+    def __init__(self, source: TextSource, records: Any) -> None:
+        self._source, self._records = source, records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _as_row(self._source, index, self._records[index])
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, record in enumerate(self._records):
+            yield _as_row(self._source, number, record)
 
 
 def _records(source: TextSource, cache_dir: Path | None) -> Iterable[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import pytest
 
 from backend.errors import DataError
+from backend.schema import CalibrationSettings
 from backend.sources.calibration import token_sequences
 
 
@@ -14,8 +15,8 @@ def rows(n):
     return [f"{i} {i}" for i in range(n)]
 
 
-def cut(data, samples=4, length=8, shuffle=False, seed=0):
-    return token_sequences(data, encode, samples=samples, length=length, shuffle=shuffle, seed=seed)
+def cut(data, samples=4, length=8, shuffle=False, seed=0, packing="join"):
+    return token_sequences(data, encode, samples=samples, length=length, shuffle=shuffle, seed=seed, packing=packing)
 
 
 def test_rows_are_joined_in_order_and_cut():
@@ -51,3 +52,40 @@ def test_a_seed_fixes_the_order():
 def test_too_little_text_is_refused_with_counts(data, says):
     with pytest.raises(DataError, match=says):
         cut(data)
+
+
+def test_sample_keeps_rows_apart_and_cuts_each():
+    data = ["1 2 3", "", "4 5", "6 7 8 9 10 11"]
+    assert cut(data, samples=8, length=4, packing="sample") == [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    assert cut(data, samples=2, length=4, packing="sample") == [[1, 2, 3], [4, 5]]
+
+
+def test_sample_takes_as_many_rows_as_asked_for_and_reads_no_further():
+    taken = []
+
+    def endless():
+        for i in range(10_000):
+            taken.append(i)
+            yield f"{i}"
+
+    assert cut(endless(), samples=70, packing="sample") == [[i] for i in range(70)]
+    assert len(taken) == 128
+
+
+def test_sample_shuffles_as_datasets_does():
+    import datasets
+
+    data = datasets.Dataset.from_dict({"text": [str(i) for i in range(200)]})
+    expected = data.shuffle(seed=42).select(range(16))["text"]
+    rows_ = [str(i) for i in range(200)]
+    assert cut(rows_, samples=16, shuffle=True, seed=42, packing="sample") == [[int(t)] for t in expected]
+
+
+def test_sample_without_text_is_refused():
+    with pytest.raises(DataError, match="2 rows and all are empty"):
+        cut(["", " "], packing="sample")
+
+
+@pytest.mark.parametrize(("written", "read"), [(True, "on"), (False, "off"), ("on", "on"), ("auto", "auto")])
+def test_a_bare_on_or_off_in_the_file_is_understood(written, read):
+    assert read == CalibrationSettings.model_validate({"CHAT_TEMPLATE": written}).CHAT_TEMPLATE
