@@ -40,6 +40,7 @@ def loaded_by(statement):
     [
         "backend.schema, backend.cli, backend.jobs.control, backend.jobs.runner, backend.sources.models",
         "backend.chat.client, backend.evaluate.report, backend.evaluate.cache, backend.formats.size",
+        "backend.formats.layouts, backend.quantize.recipe, backend.engines.configurations, backend.jobs.preflight",
     ],
 )
 def test_what_pages_and_commands_use_loads_nothing_heavy(modules):
@@ -54,6 +55,6 @@ def test_the_core_needs_torch_transformers_and_safetensors_alone():
     blocked = ("pydantic", "datasets", "gradio", "lm_eval", "psutil", "sqlite_utils", "ruamel")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked!r}));"
-        "import backend.quantize, backend.formats.loader, backend.formats.writer, backend.formats.size"
+        "import backend.quantize.pipeline, backend.formats.loader, backend.formats.writer, backend.formats.size"
     )
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)

@@ -7,13 +7,18 @@ can show stay as they were.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
+from backend.errors import ConfigError
 from backend.schema import ALGORITHMS, DEMO, SECTIONS, Document, FieldSpec, JobConfig, describe, parse_yaml
+
+UNSET = ""
+"""What a control shows for a choice that is left to its default; Gradio has no None among choices."""
 
 TEMPLATE = f"""\
 # Model configuration
@@ -120,7 +125,12 @@ def to_control(spec: FieldSpec, value: Any) -> Any:
     """A file's value as its control shows it; a value of a wrong kind shows as empty."""
     if spec.type == "bool":
         return value if isinstance(value, bool) else bool(spec.default)
+    if spec.several:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return [item for item in items if item in spec.choices and not isinstance(item, bool)]
     if spec.type in ("choice", "int_choice"):
+        if value is None and spec.optional:
+            return UNSET
         return value if value in spec.choices and not isinstance(value, bool) else None
     if spec.type in ("int", "float"):
         return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
@@ -128,11 +138,20 @@ def to_control(spec: FieldSpec, value: Any) -> Any:
         return [item for item in value if item in spec.choices] if isinstance(value, list) else []
     if spec.type == "list":
         return _list_text(value)
+    if spec.type == "yaml":
+        return ", ".join(_flow(item) for item in value) if isinstance(value, list) else str(value or "")
     return "" if value is None else str(value)
 
 
 def from_control(spec: FieldSpec, value: Any) -> Any:
-    """A control's value as it is written into the file."""
+    """A control's value as it is written into the file: of several choices a single one stands there alone."""
+    if spec.several:
+        chosen = list(value or [])
+        return chosen if len(chosen) > 1 else chosen[0] if chosen else None
+    if spec.type in ("choice", "int_choice"):
+        return None if value == UNSET else value
+    if spec.type == "yaml":
+        return _from_flow(str(value or "").strip())
     if spec.type in ("int", "float"):
         return int(value) if isinstance(value, float) and value.is_integer() else value
     if spec.type == "list":
@@ -145,6 +164,24 @@ def from_control(spec: FieldSpec, value: Any) -> Any:
         text = text if spec.key == "FORMAT_STRING" else text.strip()
         return text or None
     return value
+
+
+def _flow(item: Any) -> str:
+    """A plain value as YAML on one line, e.g. `{PATTERN: "*.down_proj", W_BIT: 8}`."""
+    if isinstance(item, dict):
+        return "{" + ", ".join(f"{key}: {_flow(value)}" for key, value in item.items()) + "}"
+    if isinstance(item, list):
+        return "[" + ", ".join(map(_flow, item)) + "]"
+    return str(item) if isinstance(item, bool) else json.dumps(item, ensure_ascii=False)
+
+
+def _from_flow(text: str) -> Any:
+    """The list that a line of YAML stands for; the line itself if it is none, for the schema to refuse."""
+    inner = text.removeprefix("[").removesuffix("]") if text.startswith("[") else text
+    try:
+        return parse_yaml(f"x: [{inner}]").values["x"]
+    except ConfigError:
+        return text
 
 
 def _list_text(value: Any) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from ui.draft import FIELDS, FormField
+from ui.draft import FIELDS, UNSET, FormField
 
 ROW = 2  # controls side by side
+MOST_BUTTONS = 4  # choices shown side by side; more are a list to open
 
 
 def elem_id(field: FormField) -> str:
@@ -23,7 +24,7 @@ def help_text(field: FormField) -> str:
     spec = field.spec
     bounds = ""
     if spec.ge is not None and spec.le is not None and spec.le < 2**31:
-        bounds = f" {spec.ge:g} to {spec.le:,.0f}."
+        bounds = f" {spec.ge:g} to {f'{spec.le:,.0f}' if spec.le > 1 else f'{spec.le:g}'}."
     elif spec.ge is not None and spec.ge > 0:
         bounds = f" At least {spec.ge:g}."
     return spec.help + bounds
@@ -48,7 +49,12 @@ def control(field: FormField, value: Any, suggestions: Sequence[tuple[str, str]]
     if spec.type == "bool":
         return gr.Checkbox(**common)
     if spec.type in ("choice", "int_choice"):
-        return gr.Radio(choices=[(str(choice), choice) for choice in spec.choices], **common)
+        choices: list[tuple[str, Any]] = [("default", UNSET)] if spec.optional else []
+        choices += [(str(choice), choice) for choice in spec.choices]
+        if spec.several:
+            return gr.Dropdown(choices=choices, multiselect=True, **common)
+        kind = gr.Radio if len(choices) <= MOST_BUTTONS else gr.Dropdown
+        return kind(choices=choices, **common)
     if spec.type in ("int", "float"):
         placeholder = "" if spec.default is not None or spec.required else "all"
         return gr.Number(placeholder=placeholder, **common)

@@ -103,24 +103,33 @@ def _named(problem: Problem) -> str:
 
 
 def _forecast(config: JobConfig, checked: Checked) -> str:
-    settings = config.algorithm_settings
     path = checked.model.path
     baseline = _facts(str(path)).weight_bytes if path else None
-    predicted = size(checked.predicted_bytes)
-    if baseline and checked.predicted_bytes:
-        predicted += f", {100 * checked.predicted_bytes / baseline:.0f} % of {size(baseline)}"
     measures = ["quality"] if config.EVALUATION.ENABLED else []
     measures += ["speed", "memory"] if config.BENCHMARK.ENABLED else []
+    sizes = [(one.label, _size_text(checked.predicted.get(one.name), baseline)) for one in checked.configurations]
+    if len(sizes) == 1:
+        results = [("Weights", sizes[0][0]), ("Size on disk", sizes[0][1])]
+    else:
+        results = [("Results", f"{len(sizes)}, from one pass over the calibration text"), *sizes]
     rows = [
         ("Device", describe_device(checked.device)),
-        ("Weights", f"{settings.W_BIT} bits, groups of {settings.Q_GROUP_SIZE}"),
-        ("Size on disk", predicted if checked.predicted_bytes else "known after the download"),
+        *results,
         ("Calibration", f"{config.CALIBRATION.SAMPLES} x {config.CALIBRATION.SEQUENCE_LENGTH} tokens"),
         ("Measured after", ", ".join(["size", *measures])),
         ("Saved in", f"{config.USER_FOLDER}/jobs/{config.JOB_SERVICE}/{config.JOB_ID}"),
     ]
     notes = "".join(f'<p class="qd-muted qd-small" style="margin:10px 0 0">{esc(note)}</p>' for note in checked.notes)
     return facts(rows) + notes
+
+
+def _size_text(predicted: int | None, baseline: int | None) -> str:
+    """A result's predicted size beside the model's."""
+    if baseline is None:
+        return "known after the download"
+    if predicted is None:
+        return f"known when it is saved; the model has {size(baseline)}"
+    return f"{size(predicted)}, {100 * predicted / baseline:.0f} % of {size(baseline)}"
 
 
 def command_html(found: Review) -> str:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import io
+import re
 import shlex
+from collections.abc import Mapping
+from fnmatch import translate
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from backend.schema import SECTIONS, parse_yaml
+from backend.engines.configurations import configurations
+from backend.errors import ConfigError
+from backend.quantize.recipe import PER_CHANNEL, Recipe, Scheme
+from backend.schema import SECTIONS, AutoAWQSettings, Document, JobConfig, LLMCompressorSettings, parse_yaml
+from backend.schema.fields import each
+from backend.schema.llmcompressor import NO_SCHEME
 
 TARGETS = ("yaml", "nyuntam", "llmcompressor", "command")
+OWN_AWQ_KEYS = ("ENGINE", "FORMAT")
+HEAD = "lm_head"
+
+Modifiers = dict[str, dict[str, Any]]
 
 
 def export_text(config_yaml: str, target: str) -> str:
@@ -18,12 +31,13 @@ def export_text(config_yaml: str, target: str) -> str:
 
     Args:
         config_yaml: The job file.
-        target: `yaml` (the file as it was submitted), `nyuntam` (without Quantdeck's own sections, which the
+        target: `yaml` (the file as it was submitted), `nyuntam` (without Quantdeck's own sections and keys, which the
             original system would take for algorithm arguments), `llmcompressor` (a recipe with the nearest
             equivalent) or `command` (a shell command that runs the same job).
 
     Raises:
         ConfigErrors: If the file is not valid.
+        ConfigError: If the target cannot do what the job does, e.g. several results in one run.
     """
     document = parse_yaml(config_yaml)
     config = document.config
@@ -35,36 +49,163 @@ def export_text(config_yaml: str, target: str) -> str:
             f"python -m backend run {shlex.quote(config.JOB_ID)}.yaml\n"
         )
     if target == "nyuntam":
-        for section in SECTIONS:
-            document.remove((section,))
-        return document.dump()
-    return _llmcompressor_recipe(config.algorithm_settings.model_dump())
-
-
-def _llmcompressor_recipe(settings: dict[str, Any]) -> str:
-    """An llm-compressor recipe: AWQ scales, then rounding to the same bits, groups and symmetry."""
-    recipe = {
-        "quant_stage": {
-            "quant_modifiers": {
-                "AWQModifier": {},
-                "QuantizationModifier": {
-                    "ignore": ["lm_head"],
-                    "config_groups": {
-                        "group_0": {
-                            "targets": ["Linear"],
-                            "weights": {
-                                "num_bits": settings["W_BIT"],
-                                "type": "int",
-                                "symmetric": not settings["ZERO_POINT"],
-                                "strategy": "group",
-                                "group_size": settings["Q_GROUP_SIZE"],
-                            },
-                        }
-                    },
-                },
-            }
-        }
-    }
+        return _nyuntam(document, config)
     stream = io.StringIO()
-    YAML(typ="safe", pure=True).dump(recipe, stream)
+    YAML(typ="rt", pure=True).dump(_quoted({"quant_stage": {"quant_modifiers": _modifiers(config)}}), stream)
     return stream.getvalue()
+
+
+def _quoted(value: Any) -> Any:
+    """With quotes where readers of older YAML differ: bare, `2:4` is the number 124 to them, `re:(?!...)` an error."""
+    if isinstance(value, dict):
+        return {key: _quoted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_quoted(item) for item in value]
+    return DoubleQuotedScalarString(value) if isinstance(value, str) and ":" in value else value
+
+
+def _nyuntam(document: Document, config: JobConfig) -> str:
+    """The file without what is ours; its AutoAWQ makes one 4-bit result per file."""
+    settings = config.algorithm_settings
+    if not isinstance(settings, AutoAWQSettings):
+        raise ConfigError(
+            f"found {config.ALGORITHM!r}, which the original system does not have; it has AutoAWQ",
+            key="ALGORITHM",
+            value=config.ALGORITHM,
+        )
+    for key, allowed in (("W_BIT", "4"), ("Q_GROUP_SIZE", "one of 128, 64 and 32")):
+        values = each(getattr(settings, key))
+        if len(values) > 1 or (key == "W_BIT" and values != (4,)):
+            raise ConfigError(
+                f"found {', '.join(map(str, values))}; the original system makes one result per file: "
+                f"set it to {allowed}",
+                key=f"llm.AutoAWQ.{key}",
+                value=values,
+            )
+        if isinstance(getattr(settings, key), tuple):
+            document.set(("llm", "AutoAWQ", key), values[0])
+    for section in SECTIONS:
+        document.remove((section,))
+    for key in OWN_AWQ_KEYS:
+        document.remove(("llm", "AutoAWQ", key))
+    return document.dump()
+
+
+def _modifiers(config: JobConfig) -> Modifiers:
+    """The modifiers of an llm-compressor recipe, in the order in which they run."""
+    settings = config.algorithm_settings
+    if isinstance(settings, LLMCompressorSettings):
+        return _llmcompressor_modifiers(settings)
+    planned = configurations(config)
+    if len(planned) > 1:
+        raise ConfigError(
+            f"this job makes {len(planned)} results ({', '.join(one.name for one in planned)}) and an llm-compressor "
+            "recipe makes one: export a job with single values",
+            key=f"llm.{config.ALGORITHM}",
+        )
+    recipe = planned[0].recipe
+    if recipe is None:  # the AutoAWQ package: the same algorithm with the same settings
+        scheme = Scheme("AWQ", each(settings.W_BIT)[0], each(settings.Q_GROUP_SIZE)[0], symmetric=False)
+        recipe = Recipe(planned[0].name, scheme)
+    return _recipe_modifiers(recipe)
+
+
+# -- from the core's recipes
+
+
+def _recipe_modifiers(recipe: Recipe) -> Modifiers:
+    """AWQ's scales if asked for, then rounding: by GPTQ, to nearest, or each for its own Linears."""
+    # Each exception's pattern leaves out what an earlier one has decided, so their order does not matter any more.
+    patterns: list[str] = []
+    for override in recipe.overrides:
+        earlier = "".join(f"(?!{translate(o.pattern)})" for o in recipe.overrides[: len(patterns)])
+        patterns.append(f"re:{earlier}{translate(override.pattern)}")
+    schemes = [recipe.scheme, *(o.scheme for o in recipe.overrides if o.scheme is not None)]
+    if len({scheme.scales_channels for scheme in schemes}) > 1:
+        raise ConfigError(
+            "some Linears are scaled by AWQ and others are not; llm-compressor's AWQModifier scales them all",
+            key="llm.Native.OVERRIDES",
+        )
+    ignore = [HEAD, *(f"re:.*{re.escape(part)}" for part in recipe.keep if part != HEAD)]
+    ignore += [pattern for pattern, o in zip(patterns, recipe.overrides, strict=True) if o.scheme is None]
+    made: Modifiers = {"AWQModifier": {}} if recipe.scheme.scales_channels else {}
+    for feeds_back in (True, False):
+        targets = {"Linear": recipe.scheme} if recipe.scheme.feeds_back == feeds_back else {}
+        others = []
+        for pattern, override in zip(patterns, recipe.overrides, strict=True):
+            if override.scheme is not None and override.scheme.feeds_back == feeds_back:
+                targets[pattern] = override.scheme
+            elif override.scheme is not None:
+                others.append(pattern)
+        if not targets:
+            continue
+        groups = {
+            f"group_{i}": {"targets": [target], "weights": _weights(scheme.bits, scheme.group_size, scheme.symmetric)}
+            for i, (target, scheme) in enumerate(targets.items())
+        }
+        common = {"ignore": [*ignore, *(others if "Linear" in targets else [])], "config_groups": groups}
+        if feeds_back:
+            made["GPTQModifier"] = {
+                "dampening_frac": recipe.damp, "actorder": "static" if recipe.act_order else None, **common,
+            }  # fmt: skip
+        else:
+            made["QuantizationModifier"] = common
+    return made
+
+
+def _weights(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+    per_channel = group_size == PER_CHANNEL
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if per_channel else "group",
+        "group_size": None if per_channel else group_size,
+    }
+
+
+# -- from llm-compressor's own section
+
+
+def _llmcompressor_modifiers(settings: LLMCompressorSettings) -> Modifiers:
+    pruning = {
+        "sparsity": settings.SPARSITY, "mask_structure": "2:4" if settings.MASK == "2:4" else "0:0",
+        "targets": settings.TARGETS, "ignore": [_pruning_ignore(name) for name in settings.IGNORE],
+    }  # fmt: skip
+    order = None if settings.ACTORDER == "none" else settings.ACTORDER
+    common = _scheme(settings)
+    known: Mapping[str, tuple[str, dict[str, Any]]] = {
+        "GPTQ": ("GPTQModifier", {"dampening_frac": settings.DAMPENING_FRAC, "actorder": order, **common}),
+        "RTN": ("QuantizationModifier", common),
+        "KVCache": ("QuantizationModifier", common),
+        "AWQ": ("AWQModifier", {}),
+        "SmoothQuant": ("SmoothQuantModifier", {"smoothing_strength": settings.SMOOTHING_STRENGTH}),
+        "SparseGPT": ("SparseGPTModifier", {"dampening_frac": settings.DAMPENING_FRAC, **pruning}),
+        "Wanda": ("WandaPruningModifier", pruning),
+        "AutoRound": (
+            "AutoRoundModifier", {"iters": settings.AUTOROUND_ITERS, "enable_torch_compile": False, **common},
+        ),
+        "SpinQuant": ("SpinQuantModifier", {"rotations": ["R1", "R2"], "transform_type": "random-hadamard"}),
+    }  # fmt: skip
+    steps = ["AWQ", "RTN"] if settings.RECIPE == "AWQ" else settings.RECIPE.split("+")
+    return dict(known[step] for step in steps)
+
+
+def _pruning_ignore(name: str) -> str:
+    """The pruning modifiers look for names with a dot at the end, `lm_head.`, which a plain name does not match."""
+    return name if name.startswith("re:") else f"re:{re.escape(name)}\\.?$"
+
+
+def _scheme(settings: LLMCompressorSettings) -> dict[str, Any]:
+    """The preset by name, or spelled out with another group size."""
+    common: dict[str, Any] = {"ignore": settings.IGNORE}
+    if settings.KV_CACHE_FP8 or settings.RECIPE == "KVCache":
+        common["kv_cache_scheme"] = {
+            "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True,
+        }  # fmt: skip
+    if settings.SCHEME == NO_SCHEME:
+        return common
+    if settings.group_size == settings.weights.group_size:
+        return {**common, "scheme": settings.SCHEME, "targets": settings.TARGETS}
+    weights = _weights(settings.weights.bits, settings.group_size, settings.weights.symmetric)
+    return {**common, "config_groups": {"group_0": {"targets": settings.TARGETS, "weights": weights}}}

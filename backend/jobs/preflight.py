@@ -7,19 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backend.disk import existing_folder, free_bytes
+from backend.engines.autoawq_checks import autoawq_problems
+from backend.engines.configurations import Configuration, by_the_core, configurations
+from backend.engines.llm_problems import llm_problems
 from backend.engines.registry import engine_for
 from backend.errors import ConfigError, ConfigErrors, DataError, QuantdeckError
 from backend.evaluate.tasks import check_tasks
-from backend.formats.config import read_config_json
-from backend.formats.size import predicted_size
+from backend.formats.size import predicted_size, weight_bytes
 from backend.jobs.devices import choose_device
 from backend.paths import Home
 from backend.schema import JobConfig
 from backend.sources.calibration import token_sequences
+from backend.sources.messages import (
+    CalibrationRow,
+    has_chat_template,
+    needs_template,
+    no_template_error,
+    plain_text,
+)
 from backend.sources.models import ModelSource, resolve_model
 from backend.sources.plan import calibration_source, evaluation_source, evaluation_tasks
-from backend.sources.quick_check import quick_check
-from backend.sources.texts import TextSource, check_rows, read_rows
+from backend.sources.quick_check import QuickFacts, kept_linears, kept_note, quick_check
+from backend.sources.texts import TextSource, check_rows, read_calibration_rows
+
+ROOM = 2.2
+"""Disk space that a result needs while it is made, in its own sizes: once as it grows, once as finished shards."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +42,21 @@ class Checked:
     Attributes:
         device: Where the job will run, `cpu` or `cuda:N`.
         model: The model; its `path` is None if it has to be downloaded.
-        predicted_bytes: Size of the quantized weight files, None if the model is not here yet.
+        configurations: The results that the job will make.
+        predicted: Name of a configuration -> size of its weight files; without those that are not known before.
         notes: Facts worth telling before the start.
     """
 
     device: str
     model: ModelSource
-    predicted_bytes: int | None
+    configurations: tuple[Configuration, ...]
+    predicted: dict[str, int]
     notes: tuple[str, ...]
+
+    @property
+    def predicted_bytes(self) -> int | None:
+        """The first configuration's predicted size, None if it is not known."""
+        return self.predicted.get(self.configurations[0].name)
 
 
 def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Checked:
@@ -64,12 +84,21 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
     device = attempt("CUDA_ID", lambda: choose_device(config.CUDA_ID))
     if device == "cpu":
         notes.append("No GPU was found: this job runs on the CPU.")
-    attempt("ALGORITHM", lambda: engine_for(config.ALGORITHM))
+    engine_key = f"llm.{config.ALGORITHM}.ENGINE" if config.ALGORITHM != "Native" else "ALGORITHM"
+    attempt(engine_key, lambda: engine_for(config))
+    planned = tuple(configurations(config))
+    if any(_is_awq_below_4_bits(one) for one in planned):
+        notes.append("AWQ alone hardly beats plain rounding below 4 bits; GPTQ or AWQ+GPTQ are better there.")
     model = attempt("MODEL", lambda: resolve_model(config, home, confined=confined))
     model_key = "CUSTOM_MODEL_PATH" if config.CUSTOM_MODEL_PATH else "MODEL"
-    predicted = None
+    predicted: dict[str, int] = {}
     if model is not None and model.path is not None:
-        predicted = attempt(model_key, lambda: _check_model(model.path, config))
+        facts = attempt(model_key, lambda: quick_check(model.path))
+        if facts is not None:
+            attempt(model_key, lambda: _check_recipes(facts, config, planned, notes))
+            attempt(model_key, lambda: _check_packages(facts, config, planned))
+            predicted = _predicted_sizes(facts, config)
+            attempt("USER_FOLDER", lambda: _check_disk(home, config, model.path, planned, predicted))
     elif model is not None:
         notes.append(f"{model.id} is downloaded when the job starts; its files are checked then.")
     text = attempt("DATA_PATH", lambda: calibration_source(config, home, confined=confined))
@@ -89,47 +118,129 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
             attempt("EVALUATION.DATASET_NAME", lambda: check_rows(evaluation))
     if problems:
         raise ConfigErrors(problems)
-    return Checked(device, model, predicted, tuple(notes))
+    return Checked(device, model, planned, predicted, tuple(notes))
 
 
-@dataclass(frozen=True)
-class _SizeSettings:
-    """What decides the artefact's size."""
+def _is_awq_below_4_bits(one: Configuration) -> bool:
+    if one.recipe is not None:
+        return one.recipe.scheme.method == "AWQ" and one.recipe.scheme.bits < 4
+    settings = one.request["settings"]
+    return settings.get("RECIPE") == "AWQ" and settings["SCHEME"] in ("W3A16", "W2A16")
 
-    group_size: int
-    modules_to_not_convert: tuple[str, ...] = ("lm_head",)
+
+def _at_section(config: JobConfig, error: ConfigError) -> ConfigError:
+    """A problem of the algorithm's section, at its full key."""
+    return ConfigError(error.detail, key=f"llm.{config.ALGORITHM}.{error.key}", value=error.value)
 
 
-def _check_model(folder: Path, config: JobConfig) -> int:
-    """The predicted size of the artefact of a model that passed all checks."""
-    settings = config.algorithm_settings
-    sizes = _SizeSettings(settings.Q_GROUP_SIZE)
-    try:
-        headers = quick_check(folder, sizes.group_size, sizes.modules_to_not_convert)
-    except ConfigError as error:
-        raise ConfigError(error.detail, key=f"llm.{config.ALGORITHM}.{error.key}", value=error.value) from None
-    return predicted_size(headers, read_config_json(folder), sizes, version=settings.VERSION, dtype=settings.dtype)
+def _check_recipes(facts: QuickFacts, config: JobConfig, planned: Sequence[Configuration], notes: list[str]) -> None:
+    """Refuse recipes of the core that quantize nothing; note which Linears each leaves in 16 bits."""
+    problems: dict[tuple[str, str], ConfigError] = {}
+    said: dict[str, list[str]] = {}
+    for planned_one in planned:
+        recipe = planned_one.recipe
+        if recipe is None:
+            continue
+        try:
+            kept = kept_linears(facts.linears, recipe, planned_one.request["layout"])
+        except ConfigError as error:
+            problems.setdefault((error.key, error.detail), error)
+            continue
+        if kept:
+            said.setdefault(kept_note(kept, len(facts.linears)), []).append(planned_one.label)
+    for note, labels in said.items():
+        notes.append(note if len(labels) == len(planned) else f"{' and '.join(labels)}: {note}")
+    if problems:
+        raise ConfigErrors([_at_section(config, _renamed(config, error)) for error in problems.values()])
+
+
+def _renamed(config: JobConfig, error: ConfigError) -> ConfigError:
+    """The same problem at the key that llm-compressor's section has for it."""
+    if config.ALGORITHM != "LLMCompressor":
+        return error
+    key = "GROUP_SIZE" if error.key == "Q_GROUP_SIZE" else "IGNORE"
+    return ConfigError(error.detail, key=key, value=error.value)
+
+
+def _check_packages(facts: QuickFacts, config: JobConfig, planned: Sequence[Configuration]) -> None:
+    """What the packages of other people cannot do with this model; they would find out hours later, or never."""
+    problems: list[ConfigError] = []
+    for one in planned:
+        if one.engine == "autoawq":
+            found = autoawq_problems(facts.headers, one.request["settings"], facts.config)
+            problems += [_at_section(config, problem) for problem in found]
+        elif one.engine == "llmcompressor":
+            problems += llm_problems(facts.headers, one.request["settings"], facts.config)
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def _predicted_sizes(facts: QuickFacts, config: JobConfig) -> dict[str, int]:
+    """Bytes of the weight files: exact for the core's results, within a file header for the packages' own."""
+    return {
+        one.name: predicted_size(
+            facts.headers, facts.config, recipe, layout=one.request["layout"], dtype=one.request["dtype"]
+        )
+        for one in by_the_core(config)
+        if (recipe := one.recipe) is not None
+    }
+
+
+def _check_disk(
+    home: Home, config: JobConfig, folder: Path, planned: Sequence[Configuration], predicted: dict[str, int]
+) -> None:
+    """Refuse a job whose results do not fit on the disk."""
+    # Where a result's size is not known before: none is larger than the model.
+    sizes = [predicted.get(one.name) or weight_bytes(folder) for one in planned]
+    needed = int(sum(sizes) * ROOM)
+    place = home.artefact_dir(config)
+    free = free_bytes(place)
+    if needed > free:
+        results = "its result needs" if len(planned) == 1 else f"its {len(planned)} results need"
+        raise ConfigError(
+            f"{results} up to {_gigabytes(needed)} while they are made, and the disk of {existing_folder(place)} has "
+            f"{_gigabytes(free)} free; free some space, or give a folder on another disk with --home",
+            key="USER_FOLDER",
+            value=config.USER_FOLDER,
+        )
+
+
+def _gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.3g} GB"
 
 
 def _check_calibration(source: TextSource, config: JobConfig, model_dir: Path | None) -> int | None:
-    """How many calibration sequences a local text makes; None if that needs the tokenizer of a model not here yet."""
+    """How many calibration sequences a local text makes; None if that cannot be told without the model's tokenizer."""
+    settings = config.CALIBRATION
     tokenizer_file = model_dir / "tokenizer.json" if model_dir else None
-    if tokenizer_file is None or not tokenizer_file.is_file():
+    if model_dir is None or tokenizer_file is None or not tokenizer_file.is_file():
         check_rows(source)
         return None
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    has_template = has_chat_template(model_dir)
+    templated = False
 
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
+    def encode(rows: Sequence[CalibrationRow]) -> list[list[int]]:
+        # A template's own words are left out here, so conversations count for a little less than they will be.
+        nonlocal templated
+        wanted = any(needs_template(row, settings.CHAT_TEMPLATE) for row in rows)
+        if wanted and not has_template:
+            raise no_template_error(source.label)
+        templated = templated or wanted
+        texts = [row if isinstance(row, str) else plain_text(row) for row in rows]
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
 
     try:
-        settings = config.CALIBRATION
         sequences = token_sequences(
-            read_rows(source), encode, samples=settings.SAMPLES, length=settings.SEQUENCE_LENGTH,
-            shuffle=settings.SHUFFLE, seed=settings.SEED,
+            read_calibration_rows(source), encode, samples=settings.SAMPLES, length=settings.SEQUENCE_LENGTH,
+            shuffle=settings.SHUFFLE, seed=settings.SEED, packing=settings.PACKING,
         )  # fmt: skip
     except UnicodeDecodeError as error:
         raise DataError(f"{source.label} is not UTF-8 text (byte {error.start})") from None
-    return len(sequences)
+    except DataError:
+        if templated and settings.PACKING == "join":
+            return None  # the template's words may make up for what is missing
+        raise
+    return None if templated and settings.PACKING == "join" and len(sequences) < settings.SAMPLES else len(sequences)

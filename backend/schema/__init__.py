@@ -11,13 +11,16 @@ from backend.schema.document import (
     read_yaml,
 )
 from backend.schema.fields import FieldSpec, describe
-from backend.schema.job import DEMO, JobConfig
+from backend.schema.job import DEMO, AlgorithmSettings, JobConfig
+from backend.schema.llmcompressor import LLMCompressorSettings
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings, TaskSettings
+from backend.schema.native import NativeSettings, OverrideSettings
 
 __all__ = [
     "ALGORITHMS",
     "DEMO",
     "SECTIONS",
+    "AlgorithmSettings",
     "AutoAWQSettings",
     "BenchmarkSettings",
     "CalibrationSettings",
@@ -27,6 +30,9 @@ __all__ = [
     "EvaluationSettings",
     "FieldSpec",
     "JobConfig",
+    "LLMCompressorSettings",
+    "NativeSettings",
+    "OverrideSettings",
     "TaskSettings",
     "describe",
     "new_document",

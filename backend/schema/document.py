@@ -15,22 +15,21 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+from ruamel.yaml.tokens import CommentToken
 
 from backend.errors import ConfigError, ConfigErrors
-from backend.schema.autoawq import AutoAWQSettings
 from backend.schema.errors import config_errors
-from backend.schema.job import JobConfig
+from backend.schema.job import ALGORITHMS, JobConfig
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_NODES = 50_000
 
-ALGORITHMS: dict[str, type[BaseModel]] = {"AutoAWQ": AutoAWQSettings}
 SECTIONS: dict[str, type[BaseModel]] = {
     "CALIBRATION": CalibrationSettings,
     "EVALUATION": EvaluationSettings,
@@ -141,7 +140,7 @@ class Document:
         """What is odd but no error: unknown keys, several GPUs where one is used."""
         rows = list(_unknown_keys(self.values))
         if "," in str(self.values.get("CUDA_ID", "")):
-            rows.append("CUDA_ID: several GPUs are listed; AutoAWQ uses the first")
+            rows.append("CUDA_ID: several GPUs are listed; a job uses the first")
         return rows
 
     def set(self, path: tuple[str, ...], value: Any) -> None:
@@ -149,17 +148,20 @@ class Document:
 
         Args:
             path: Keys from the top, e.g. `("llm", "AutoAWQ", "W_BIT")`; missing sections are made.
-            value: Plain value; None is written as an empty value.
+            value: Plain value or list of them; None is written as an empty value.
         """
-        node = self._tree
-        for key in path[:-1]:
-            if not isinstance(node.get(key), CommentedMap):
-                node[key] = CommentedMap()
-            node = node[key]
-        key = path[-1]
+        node, depth = self._tree, 0
+        while depth < len(path) - 1 and isinstance(node.get(path[depth]), CommentedMap):
+            node, depth = node[path[depth]], depth + 1
+        key = path[depth]
+        for missing in reversed(path[depth + 1 :]):
+            value = {missing: value}
         if key in node and _plain(node[key]) == value and type(_plain(node[key])) is type(value):
             return
-        node[key] = DoubleQuotedScalarString(value) if isinstance(value, str) else value
+        before = _leaf_at(node, key) if key in node else _last_leaf(node) if depth else None
+        node[key] = _node(value)
+        if before is not None:
+            _move_comment_below(before, _leaf_at(node, key))
         self._text = self._config = None
 
     def remove(self, path: tuple[str, ...]) -> None:
@@ -180,6 +182,56 @@ class Document:
             _yaml().dump(self._tree, stream)
             self._text = stream.getvalue()
         return self._text
+
+
+Leaf = tuple[CommentedMap | CommentedSeq, Any]  # a mapping or sequence and the key or index in it
+
+
+def _last_leaf(node: CommentedMap | CommentedSeq) -> Leaf | None:
+    """What stands last in a section of the file, at any depth."""
+    if not node:
+        return None
+    return _leaf_at(node, list(node)[-1] if isinstance(node, CommentedMap) else len(node) - 1)
+
+
+def _leaf_at(node: CommentedMap | CommentedSeq, key: Any) -> Leaf:
+    """What stands last in a value that is written as lines below its key; else the key itself."""
+    child = node[key]
+    is_block = isinstance(child, (CommentedMap, CommentedSeq)) and not child.fa.flow_style()
+    return (_last_leaf(child) if is_block else None) or (node, key)
+
+
+def _move_comment_below(before: Leaf, after: Leaf) -> None:
+    """Lines below what was last in a section belong to what follows the section, so they go below its new end."""
+    if before[0] is after[0] and before[1] == after[1]:
+        return
+    node, key = before
+    place = 2 if isinstance(node, CommentedMap) else 0
+    token = node.ca.items.get(key, [None] * 4)[place]
+    if token is None or "\n" not in token.value:
+        return
+    head, _, below = token.value.partition("\n")
+    if not below:
+        return
+    token.value = head + "\n"
+    node, key = after
+    place = 2 if isinstance(node, CommentedMap) else 0
+    node.ca.items[key] = [None] * 4
+    node.ca.items[key][place] = CommentToken("\n" + below, token.start_mark, None)
+
+
+def _node(value: Any) -> Any:
+    """A plain value as it is written: text in quotes, a list of plain values on one line, `[4, 3]`."""
+    if isinstance(value, str):
+        return DoubleQuotedScalarString(value)
+    if isinstance(value, Mapping):
+        return CommentedMap((key, _node(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        sequence = CommentedSeq(_node(item) for item in value)
+        if not any(isinstance(item, (Mapping, list, tuple)) for item in value):
+            sequence.fa.set_flow_style()
+        return sequence
+    return value
 
 
 def parse_yaml(text: str) -> Document:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
 
 from backend.errors import ConfigError, ConfigErrors
 
+# A rule across keys names the key that has to change: `FORMAT: ...`, `OVERRIDES.0.W_BIT: ...`.
+_NAMED = re.compile(r"([A-Z][A-Z_]*(?:\.\d+)?(?:\.[A-Z_]+)?): (.*)", re.DOTALL)
 _WANTED = {
     "string_type": "text (put it in quotes)",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
+    "float_type": "a number",
     "bool_type": "True or False",
     "list_type": "a list",
     "model_type": "a section with keys below it",
@@ -43,14 +47,13 @@ def _sentence(error: Any) -> str:
 def config_errors(error: ValidationError) -> ConfigErrors:
     """All problems of a file at once, each with the dotted key it belongs to.
 
-    Rules across fields carry their key at the front of their text (`DATA_PATH: ...`).
+    Rules across keys carry their key, as it stands in their section, at the front of their text (`DATA_PATH: ...`).
     """
     rows = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if not key and item["type"] == "value_error":
-            key, _, message = str(item["ctx"]["error"]).partition(": ")
-        else:
-            message = _sentence(item)
+        place = [str(part) for part in item["loc"]]
+        named = _NAMED.fullmatch(str(item["ctx"]["error"])) if item["type"] == "value_error" else None
+        message = named.group(2) if named else _sentence(item)
+        key = ".".join([*place, named.group(1)] if named else place)
         rows.append(ConfigError(message, key=key, value=item.get("input")))
     return ConfigErrors(rows)

@@ -1,6 +1,7 @@
 """How one setting is declared, and how forms, help and docs read it back.
 
 `setting()` is pydantic's `Field` with the extra facts that a form needs (label, unit, section, advanced).
+`OneOrMore` is the type of a setting that takes one value or a list of several, one configuration for each.
 `describe()` turns a model class into plain `FieldSpec` rows, so no page has to know pydantic.
 """
 
@@ -10,13 +11,65 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import CoreSchema, PydanticUndefined, core_schema
 
-FieldType = Literal["str", "int", "float", "bool", "choice", "int_choice", "list"]
+FieldType = Literal["str", "int", "float", "bool", "choice", "int_choice", "list", "yaml"]
+
+T = TypeVar("T")
+
+
+class _Several:
+    """Marks a setting as `OneOrMore`, and checks its values against the `Literal` inside."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        allowed = typing.get_args(typing.get_args(source)[0])
+        words = listed(allowed)
+
+        def check(value: Any) -> Any:
+            if not isinstance(value, (list, tuple)):
+                if not _is_one_of(value, allowed):
+                    raise ValueError(f"allowed: {words}, or a list of several of them")
+                return value
+            if not value:
+                raise ValueError(f"name at least one of {words}")
+            for item in value:
+                if not _is_one_of(item, allowed):
+                    raise ValueError(f"{item!r} is not among the allowed values {words}")
+            if len(set(value)) < len(value):
+                raise ValueError("each value may stand there once")
+            return tuple(value)
+
+        return core_schema.no_info_plain_validator_function(check)
+
+
+OneOrMore = Annotated[T | tuple[T, ...], _Several()]
+"""One value of a `Literal`, or a tuple of different ones; in the file `4` or `[4, 3]`."""
+
+
+def each(value: T | tuple[T, ...]) -> tuple[T, ...]:
+    """The values of a `OneOrMore` setting, in the order of the file."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def listed(values: Sequence[Any]) -> str:
+    """Allowed values as a sentence has them, e.g. `128, 64 or 32`."""
+    *most, last = (repr(value) for value in values)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
+    return any(value == choice and type(value) is type(choice) for choice in allowed)
+
+
+def drop_empty(values: Any) -> Any:
+    """A section without the keys that stand there with no value: an empty value means the default."""
+    if not isinstance(values, dict):
+        return values
+    return {k: v for k, v in values.items() if v is not None and not (isinstance(v, str) and not v.strip())}
 
 
 @dataclass(frozen=True)
@@ -37,6 +90,8 @@ class FieldSpec:
         section: Part of the form it belongs to.
         ignored: True if the key is kept for the file's sake only and nothing reads it.
         required: True if there is no default.
+        several: True if a list of several choices is taken too.
+        optional: True if it may be left empty, which is not the same as any of the choices.
     """
 
     key: str
@@ -52,6 +107,8 @@ class FieldSpec:
     section: str
     ignored: bool
     required: bool
+    several: bool
+    optional: bool
 
 
 def setting(
@@ -66,11 +123,13 @@ def setting(
     le: float | None = None,
     advanced: bool = False,
     ignored: bool = False,
+    as_yaml: bool = False,
     default_factory: Any = None,
 ) -> Any:
     """Declare one setting.
 
-    Bounds are checked by pydantic; `choices` document what the annotation (a `Literal`) enforces.
+    Bounds are checked by pydantic; `choices` document what the annotation (a `Literal`) enforces. `as_yaml` marks
+    a structure that a form shows as the line of YAML it is.
     """
     extra: dict[str, Any] = {
         "label": label,
@@ -79,6 +138,7 @@ def setting(
         "choices": list(choices),
         "advanced": advanced,
         "ignored": ignored,
+        "as_yaml": as_yaml,
     }
     bounds: dict[str, Any] = {"ge": ge, "le": le}
     if default_factory is not None:
@@ -87,7 +147,7 @@ def setting(
 
 
 def _bare(annotation: Any) -> Any:
-    """The annotation without `| None` and without pydantic's marks (`StrictInt` is an annotated `int`)."""
+    """The annotation without `| None` and without marks: `StrictInt` is an `int`, `OneOrMore[X]` an `X`."""
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
         return _bare(next(a for a in typing.get_args(annotation) if a is not type(None)))
@@ -129,7 +189,7 @@ def describe(model: type[BaseModel]) -> list[FieldSpec]:
             FieldSpec(
                 key=key,
                 label=extra["label"],
-                type=_field_type(field.annotation),
+                type="yaml" if extra["as_yaml"] else _field_type(field.annotation),
                 default=None if default is PydanticUndefined else default,
                 choices=choices,
                 unit=extra["unit"],
@@ -140,6 +200,8 @@ def describe(model: type[BaseModel]) -> list[FieldSpec]:
                 section=extra["section"],
                 ignored=extra["ignored"],
                 required=field.is_required(),
+                several=any(isinstance(mark, _Several) for mark in field.metadata),
+                optional=type(None) in typing.get_args(field.annotation),
             )
         )
     return rows

@@ -14,11 +14,20 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from backend.schema.autoawq import AutoAWQSettings
-from backend.schema.fields import setting
+from backend.schema.fields import drop_empty, setting
+from backend.schema.llmcompressor import LLMCompressorSettings
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings
+from backend.schema.native import NativeSettings
 
 DEMO = "quantdeck/demo"
 JOB_ID_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+
+AlgorithmSettings = AutoAWQSettings | NativeSettings | LLMCompressorSettings
+ALGORITHMS: dict[str, type[AlgorithmSettings]] = {
+    "AutoAWQ": AutoAWQSettings,
+    "Native": NativeSettings,
+    "LLMCompressor": LLMCompressorSettings,
+}
 
 
 class AlgorithmSections(BaseModel):
@@ -27,6 +36,8 @@ class AlgorithmSections(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     AutoAWQ: AutoAWQSettings | None = None
+    Native: NativeSettings | None = None
+    LLMCompressor: LLMCompressorSettings | None = None
 
 
 class JobConfig(BaseModel):
@@ -71,9 +82,11 @@ class JobConfig(BaseModel):
         "0", label="GPU", section="Job",
         help="Number of the GPU to use. Without a GPU the job runs on the CPU and says so.",
     )  # fmt: skip
-    ALGORITHM: Literal["AutoAWQ"] = setting(
-        label="Algorithm", section="Algorithm", help="How the weights are quantized."
-    )
+    ALGORITHM: Literal["AutoAWQ", "Native", "LLMCompressor"] = setting(
+        label="Algorithm", section="Algorithm",
+        help="AutoAWQ is the guide's 4-bit AWQ. Native is Quantdeck's own core: RTN, AWQ, GPTQ or AWQ+GPTQ at 2 to 8 "
+        "bits. LLMCompressor runs the recipes of the llm-compressor package.",
+    )  # fmt: skip
     JOB_SERVICE: Literal["Kompress"] = setting(
         "Kompress", label="Service", section="Job", advanced=True,
         help="Part of the output path: user_data/jobs/<JOB_SERVICE>/<JOB_ID>.",
@@ -113,9 +126,7 @@ class JobConfig(BaseModel):
     @classmethod
     def _empty_is_unset(cls, values: Any) -> Any:
         # The guides write both `DATA_PATH:` and `DATASET_SUBNAME: ""` for "not given".
-        if not isinstance(values, dict):
-            return values
-        return {k: v for k, v in values.items() if v is not None and not (isinstance(v, str) and not v.strip())}
+        return _chosen_section_only(drop_empty(values))
 
     @field_validator("CUDA_ID", mode="before")
     @classmethod
@@ -170,14 +181,24 @@ class JobConfig(BaseModel):
         return [part.strip() for part in self.TEXT_COLUMN.split(",")]
 
     @property
-    def algorithm_settings(self) -> AutoAWQSettings:
+    def algorithm_settings(self) -> AlgorithmSettings:
         """Settings of the chosen algorithm; its defaults where the file has no section for it."""
-        return getattr(self.llm, self.ALGORITHM) or AutoAWQSettings()
+        return getattr(self.llm, self.ALGORITHM) or ALGORITHMS[self.ALGORITHM]()
 
     @property
     def is_demo(self) -> bool:
         """True if the built-in model is quantized."""
         return self.MODEL == DEMO and not self.CUSTOM_MODEL_PATH
+
+
+def _chosen_section_only(values: Any) -> Any:
+    """The file without the sections of other algorithms: nothing reads them, so nothing in them can be wrong."""
+    if not isinstance(values, dict):
+        return values
+    chosen, sections = values.get("ALGORITHM"), values.get("llm")
+    if not isinstance(sections, dict) or not isinstance(chosen, str) or chosen not in ALGORITHMS:
+        return values
+    return {**values, "llm": {name: section for name, section in sections.items() if name == chosen}}
 
 
 def format_fields(template: str) -> list[str]:

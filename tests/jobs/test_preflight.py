@@ -8,11 +8,12 @@ import pytest
 
 from backend.cli import main
 from backend.demo import MODEL_DIR
-from backend.errors import ConfigErrors
+from backend.errors import ConfigErrors, ModelError
 from backend.jobs.control import submit
 from backend.jobs.preflight import check_job
 from backend.jobs.store import JobStore
 from backend.schema import parse_yaml
+from backend.sources.quick_check import quick_check
 from tests.conftest import demo_text, write_jsonl
 
 
@@ -93,7 +94,8 @@ def test_an_unsupported_architecture_is_refused_with_its_name(home, tmp_path):
     assert "GPT2" in message and "Conv1D" in message
 
 
-def test_a_group_size_that_does_not_divide_is_told_at_its_key(home, tmp_path):
+def narrow_model(folder: Path) -> Path:
+    """Inputs of 96, and of 192 for down_proj: 32 fits all, 64 one, 128 none."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -101,9 +103,117 @@ def test_a_group_size_that_does_not_divide_is_told_at_its_key(home, tmp_path):
     config = LlamaConfig(
         hidden_size=96, intermediate_size=192, num_hidden_layers=1, num_attention_heads=3, vocab_size=64
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
-    message = problems(home, MODEL=str(tmp_path / "m"))["llm.AutoAWQ.Q_GROUP_SIZE"]
-    assert "found 128" in message and "192 inputs" in message and "use 32" in message
+    LlamaForCausalLM(config).save_pretrained(folder)
+    shutil.copy(MODEL_DIR / "tokenizer.json", folder)
+    return folder
+
+
+def native(**section):
+    return {"ALGORITHM": "Native", "llm": {"Native": section}}
+
+
+def test_a_group_size_that_fits_nothing_is_told_at_its_key(home, tmp_path):
+    model = str(narrow_model(tmp_path / "m"))
+    message = problems(home, MODEL=model)["llm.AutoAWQ.Q_GROUP_SIZE"]
+    assert "found 128" in message and "(96, 192)" in message and "use 32 to fit all of them" in message
+    message = problems(home, MODEL=model, **native(Q_GROUP_SIZE=[128, 32]))["llm.Native.Q_GROUP_SIZE"]
+    assert "found 128" in message
+    message = problems(
+        home, MODEL=model, ALGORITHM="LLMCompressor", llm={"LLMCompressor": {"ENGINE": "native"}}
+    )["llm.LLMCompressor.GROUP_SIZE"]  # fmt: skip
+    assert "found 128" in message
+    check_job(parse_yaml(demo_text(MODEL=model, **native(Q_GROUP_SIZE=-1))).config, home)
+
+
+def test_linears_that_stay_in_16_bits_are_told_with_the_reason(home, tmp_path):
+    config = parse_yaml(demo_text(MODEL=str(narrow_model(tmp_path / "m")), **native(Q_GROUP_SIZE=[64, 32]))).config
+    (note,) = [n for n in check_job(config, home).notes if "16 bits" in n]
+    assert note == (
+        "GPTQ 4 bit, groups of 64: 6 of 7 Linears stay in 16 bits: 6 since group size 64 does not divide its "
+        "96 inputs (e.g. model.layers.0.mlp.gate_proj)."
+    )
+
+
+def test_each_configuration_has_its_predicted_size(home):
+    section = {"METHOD": ["AWQ", "GPTQ"], "W_BIT": [4, 2]}
+    checked = check_job(parse_yaml(demo_text(**native(**section))).config, home)
+    assert list(checked.predicted) == ["awq-w4-g128", "awq-w2-g128", "gptq-w4-g128", "gptq-w2-g128"]
+    sizes = list(checked.predicted.values())
+    assert sizes[0] == sizes[2] == checked.predicted_bytes > sizes[1] == sizes[3]
+
+
+def test_a_packages_result_is_as_large_as_the_cores(home, monkeypatch):
+    monkeypatch.setattr("backend.jobs.preflight.engine_for", lambda config: None)  # autoawq need not be installed
+
+    def sizes(algorithm, **section):
+        text = demo_text(ALGORITHM=algorithm, llm={algorithm: section})
+        return check_job(parse_yaml(text).config, home).predicted
+
+    assert sizes("AutoAWQ", ENGINE="autoawq") == sizes("AutoAWQ") != {}
+    assert sizes("LLMCompressor") == sizes("LLMCompressor", ENGINE="native") != {}
+    assert sizes("LLMCompressor", RECIPE="RTN", SCHEME="FP8_DYNAMIC") == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "says"),
+    [
+        ({"KEEP": ["proj"]}, "KEEP", "nothing would be quantized: all 21 Linears"),
+        ({"OVERRIDES": [{"PATTERN": "*", "KEEP": True}]}, "OVERRIDES", "nothing would be quantized"),
+        ({"OVERRIDES": [{"PATTERN": "*.c_proj", "W_BIT": 8}]}, "OVERRIDES.0.PATTERN", "matches no Linear; this model"),
+    ],
+)
+def test_a_recipe_that_does_nothing_is_refused(home, section, key, says):
+    assert says in problems(home, **native(**section))[f"llm.Native.{key}"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "section", "told"),
+    [
+        ("AutoAWQ", {"W_BIT": [4, 3]}, True),
+        ("AutoAWQ", {"W_BIT": [4, 8]}, False),
+        ("Native", {"METHOD": ["RTN", "GPTQ", "AWQ+GPTQ"], "W_BIT": 2}, False),
+        ("Native", {"METHOD": ["GPTQ", "AWQ"], "W_BIT": 2}, True),
+        ("LLMCompressor", {"RECIPE": "AWQ", "SCHEME": "W3A16"}, True),
+        ("LLMCompressor", {"RECIPE": "GPTQ", "SCHEME": "W3A16"}, False),
+    ],
+)
+def test_awq_below_4_bits_is_advised_against(home, algorithm, section, told):
+    checked = check_job(parse_yaml(demo_text(ALGORITHM=algorithm, llm={algorithm: section})).config, home)
+    assert any("AWQ alone hardly beats" in note for note in checked.notes) == told
+
+
+def test_a_full_disk_is_told_with_what_is_needed_and_free(home, monkeypatch):
+    monkeypatch.setattr("backend.jobs.preflight.free_bytes", lambda path: 1_000_000)
+    message = problems(home, **native(W_BIT=[4, 3]))["USER_FOLDER"]
+    assert "its 2 results need up to" in message and "0.001 GB free" in message
+
+
+def test_an_engine_that_is_not_installed_is_told_at_its_key(home, monkeypatch, tmp_path):
+    monkeypatch.setenv("QUANTDECK_ENVIRONMENTS", str(tmp_path / "none"))
+    message = problems(home, llm={"AutoAWQ": {"ENGINE": "autoawq"}})["llm.AutoAWQ.ENGINE"]
+    assert "python -m backend engines install autoawq" in message
+
+
+def test_what_a_package_cannot_do_with_the_model_is_told_at_its_key(home, tmp_path):
+    model = str(narrow_model(tmp_path / "m"))
+    section = {"LLMCompressor": {"RECIPE": "GPTQ", "SCHEME": "W4A16"}}
+    found = problems(home, MODEL=model, ALGORITHM="LLMCompressor", llm=section)
+    assert "GROUP_SIZE" in found["llm.LLMCompressor.GROUP_SIZE"]
+    found = problems(home, MODEL=model, llm={"AutoAWQ": {"ENGINE": "autoawq"}})
+    assert "128" in found["llm.AutoAWQ.Q_GROUP_SIZE"]
+
+
+def test_conversations_need_a_chat_template(home, tmp_path):
+    rows = [{"text": [{"role": "user", "content": "one two three four five six seven eight nine ten " * 5}]}] * 3
+    path = write_jsonl(tmp_path / "chat.jsonl", rows)
+    calibration = {"PACKING": "sample", "SEQUENCE_LENGTH": 16}
+    config = parse_yaml(demo_text(DATA_PATH=str(path), CALIBRATION=calibration)).config
+    assert any("makes 3 sequences" in note for note in check_job(config, home).notes)
+    model = copy_model(tmp_path / "m")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        (model / name).unlink()
+    found = problems(home, MODEL=str(model), DATA_PATH=str(path), CALIBRATION=calibration)
+    assert "needs a chat template" in found["TEXT_COLUMN"]
 
 
 def test_an_unknown_task_is_refused_with_near_names(home):
@@ -132,4 +242,40 @@ def test_the_command_line_answers_2_and_the_reason(home, tmp_path, capsys, text)
 def test_the_guide_and_the_demo_validate(home, capsys):
     assert main(["validate", "examples/awq_guide.yaml", "--home", str(home.root)]) == 0
     assert "AutoAWQ of meta-llama/Meta-Llama-3.1-8B-Instruct" in capsys.readouterr().out
-    assert main(["validate", "examples/autoawq_demo.yaml", "--home", str(home.root)]) == 0
+    for name in ("autoawq_demo", "native_demo"):
+        assert main(["validate", f"examples/{name}.yaml", "--home", str(home.root)]) == 0
+
+
+def write_headers(folder: Path, config: dict, shapes: dict) -> Path:
+    """A model folder with zeros of the given shapes."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["model.layers", "model.decoder.layers", "decoder.layers", "gpt_neox.layers"])
+def test_layers_are_found_under_every_supported_name(tmp_path, prefix):
+    shapes = {f"{prefix}.{i}.{n}.weight": (64, 128) for i in (0, 1) for n in ("fc1", "attention.dense")}
+    shapes |= {f"{prefix}.0.norm.weight": (128,), "model.embed_tokens.weight": (64, 128), "lm_head.weight": (64, 128)}
+    config = {"architectures": ["X"], "num_hidden_layers": 2, "tie_word_embeddings": True}
+    facts = quick_check(write_headers(tmp_path / "m", config, shapes))
+    assert len(facts.linears) == 4 and facts.linears[f"{prefix}.1.fc1"] == (64, 128)
+    assert "lm_head.weight" not in {t.name for t in facts.headers}
+
+
+def test_an_incomplete_model_and_other_kinds_are_refused(tmp_path):
+    shapes = {"model.layers.0.fc1.weight": (64, 128)}
+    for number, (change, says) in enumerate(
+        [
+            ({"num_hidden_layers": 2}, "1 decoder layers; config.json says 2"),
+            ({"is_encoder_decoder": True}, "encoder-decoder"),
+            ({"num_local_experts": 8}, "mixture of experts"),
+            ({"quantization_config": {"quant_method": "awq"}}, "quantized already"),
+        ]
+    ):
+        with pytest.raises(ModelError, match=says):
+            quick_check(write_headers(tmp_path / str(number), {"architectures": ["X"], **change}, shapes))

@@ -44,6 +44,39 @@ def test_one_changed_value_keeps_comments_order_and_unknown_keys(guide_text):
     assert parse_yaml(document.dump()).config.algorithm_settings.Q_GROUP_SIZE == 64
 
 
+def test_a_new_key_stands_above_the_heading_of_the_next_part(guide_text):
+    document = parse_yaml(guide_text)
+    document.set(("llm", "AutoAWQ", "ENGINE"), "native")
+    document.set(("llm", "Native", "OVERRIDES"), [{"PATTERN": "*.down_proj", "W_BIT": 8}])
+    document.set(("llm", "Native", "DAMP"), 0.1)
+    document.set(("CALIBRATION", "SAMPLES"), 4)
+    text = document.dump()
+    added = """\
+    ENGINE: "native"
+  Native:
+    OVERRIDES:
+    - PATTERN: "*.down_proj"
+      W_BIT: 8
+    DAMP: 0.1
+
+# Job configuration
+CUDA_ID: "0"
+"""
+    assert 'VERSION: "GEMV"                     # quantization version (GEMM or GEMV)\n' + added in text
+    assert text.endswith('TASK: "llm"\nCALIBRATION:\n  SAMPLES: 4\n') and text.count("#") == guide_text.count("#")
+
+
+@pytest.mark.parametrize(
+    "before", ["[]  # none", "", "[{PATTERN: x, KEEP: True}]", "\n      - {PATTERN: x, KEEP: True}  # x"]
+)
+def test_a_list_in_the_place_of_a_value_keeps_what_follows_below(before):
+    text = f"llm:\n  Native:\n    OVERRIDES: {before}\n\n# next\nA: 1\n"
+    document = parse_yaml(text)
+    document.set(("llm", "Native", "OVERRIDES"), [{"PATTERN": "*.down_proj", "W_BIT": 8}])
+    assert document.dump().endswith("W_BIT: 8\n\n# next\nA: 1\n")
+    assert parse_yaml(document.dump()).values == document.values
+
+
 def test_unknown_keys_are_named_with_the_key_that_was_probably_meant():
     document = parse_yaml(demo_text(llm={"AutoAWQ": {"w_bit": 4}}, MODELL="x"))
     assert document.warnings == [
@@ -57,7 +90,9 @@ def test_unknown_keys_are_named_with_the_key_that_was_probably_meant():
     [
         ({"ALGORITHM": "GPTZ"}, "ALGORITHM", "AutoAWQ"),
         ({"llm": {"AutoAWQ": {"Q_GROUP_SIZE": 100}}}, "llm.AutoAWQ.Q_GROUP_SIZE", "128, 64 or 32"),
-        ({"llm": {"AutoAWQ": {"W_BIT": "4"}}}, "llm.AutoAWQ.W_BIT", "4"),
+        ({"ALGORITHM": ["AutoAWQ"]}, "ALGORITHM", "'AutoAWQ', 'Native' or 'LLMCompressor'"),
+        ({"llm": {"AutoAWQ": {"W_BIT": "4"}}}, "llm.AutoAWQ.W_BIT", "found '4'; allowed: 2, 3, 4 or 8"),
+        ({"llm": {"AutoAWQ": {"W_BIT": True}}}, "llm.AutoAWQ.W_BIT", "allowed"),
         ({"llm": {"AutoAWQ": {"ZERO_POINT": "yes"}}}, "llm.AutoAWQ.ZERO_POINT", "True or False"),
         ({"llm": {"AutoAWQ": {"VERSION": "MARLIN"}}}, "llm.AutoAWQ.VERSION", "'GEMM' or 'GEMV'"),
         ({"JOB_ID": "../../etc"}, "JOB_ID", "letters, digits"),
@@ -87,7 +122,7 @@ def test_a_wrong_value_is_refused_with_key_value_and_what_is_allowed(changes, ke
 
 
 def test_all_problems_are_reported_together():
-    text = demo_text(JOB_ID="a b", ALGORITHM="x", llm={"AutoAWQ": {"W_BIT": 3}})
+    text = demo_text(JOB_ID="a b", ALGORITHM="x", llm={"AutoAWQ": {"W_BIT": 5}})
     with pytest.raises(ConfigErrors) as caught:
         _ = parse_yaml(text).config
     assert {e.key for e in caught.value.errors} == {"JOB_ID", "ALGORITHM", "llm.AutoAWQ.W_BIT"}

@@ -8,10 +8,13 @@ from backend.schema import (
     CalibrationSettings,
     EvaluationSettings,
     JobConfig,
+    LLMCompressorSettings,
+    NativeSettings,
     describe,
 )
 
-MODELS = (JobConfig, AutoAWQSettings, CalibrationSettings, EvaluationSettings, BenchmarkSettings)
+ALGORITHMS = (AutoAWQSettings, NativeSettings, LLMCompressorSettings)
+MODELS = (JobConfig, *ALGORITHMS, CalibrationSettings, EvaluationSettings, BenchmarkSettings)
 FIELDS = [pytest.param(model, spec, id=f"{model.__name__}.{spec.key}") for model in MODELS for spec in describe(model)]
 
 
@@ -21,13 +24,22 @@ def test_every_field_explains_itself(model, spec):
     assert spec.label and spec.section
     if spec.type in ("choice", "int_choice"):
         assert spec.choices
-        assert spec.required or spec.default in spec.choices
+        assert spec.required or spec.default in spec.choices or (spec.optional and spec.default is None)
     if spec.type == "int" and spec.key != "SEED":
         assert spec.ge is not None and spec.unit
 
 
 def test_keys_that_nothing_reads_are_marked():
     assert [s.key for s in describe(JobConfig) if s.ignored] == ["JOB_PATH", "ALGO_TYPE"]
+
+
+def test_lists_of_choices_are_marked():
+    several = {m.__name__: [s.key for s in describe(m) if s.several] for m in ALGORITHMS}
+    assert several["AutoAWQSettings"] == ["W_BIT", "Q_GROUP_SIZE"]
+    assert several["NativeSettings"] == ["METHOD", "W_BIT", "Q_GROUP_SIZE"]
+    method = next(s for s in describe(NativeSettings) if s.key == "METHOD")
+    assert method.type == "choice" and method.choices == ("GPTQ", "AWQ+GPTQ", "AWQ", "RTN")
+    assert "AWQ alone hardly beats plain rounding below 4 bits" in method.help
 
 
 def test_group_size_offers_the_guides_values():
@@ -38,4 +50,9 @@ def test_group_size_offers_the_guides_values():
 def test_numbers_that_may_be_empty_are_still_numbers():
     types = {s.key: s.type for model in MODELS for s in describe(model)}
     assert types["MAX_WINDOWS"] == types["SAMPLES"] == "int"
-    assert types["ENABLED"] == "bool" and types["TASKS"] == "list" and types["FORMAT_STRING"] == "str"
+    assert (
+        types["ENABLED"] == "bool"
+        and types["TASKS"] == "list"
+        and types["OVERRIDES"] == "yaml"
+        and types["FORMAT_STRING"] == "str"
+    )

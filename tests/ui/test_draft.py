@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from backend.errors import ConfigError
+from backend.errors import ConfigError, ConfigErrors
 from backend.schema import parse_yaml
-from ui.draft import FIELDS, TEMPLATE, from_control, merge, open_draft, to_control
+from ui.draft import FIELDS, TEMPLATE, UNSET, from_control, merge, open_draft, to_control
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
@@ -37,7 +37,7 @@ def test_only_the_changed_value_is_written():
         "ALGORITHM: AutoAWQ\nJOB_ID: 'a'\nllm:\n  AutoAWQ:\n    Q_GROUP_SIZE: 128 # wide\n"
     )
     draft = open_draft(text)
-    out = merge(draft, changed(draft, llm__AutoAWQ__Q_GROUP_SIZE=32)).dump()
+    out = merge(draft, changed(draft, llm__AutoAWQ__Q_GROUP_SIZE=[32])).dump()
     assert out == text.replace("128 # wide", "32  # wide") or out == text.replace("128 # wide", "32 # wide")
 
 
@@ -92,8 +92,57 @@ def test_every_default_survives_its_control(field):
 
 
 def test_clone_of_a_full_file_shows_its_values():
-    draft = open_draft(EXAMPLES[-1].read_text(encoding="utf-8"))
+    draft = open_draft(next(p for p in EXAMPLES if p.name == "awq_guide.yaml").read_text(encoding="utf-8"))
     shown = dict(zip((f.key for f in FIELDS), draft.shown, strict=True))
     values = parse_yaml(draft.text).values
     assert shown["MODEL"] == values["MODEL"]
     assert shown["llm.AutoAWQ.VERSION"] == values["llm"]["AutoAWQ"]["VERSION"]
+
+
+def test_one_choice_is_written_plain_and_several_as_a_list():
+    draft = open_draft(TEMPLATE)
+    several = merge(draft, changed(draft, llm__AutoAWQ__W_BIT=[4, 3], llm__AutoAWQ__Q_GROUP_SIZE=[64]))
+    assert "    W_BIT: [4, 3]\n    Q_GROUP_SIZE: 64\n" in several.dump()
+    again = open_draft(several.dump())
+    assert merge(again, again.shown).dump() == several.dump()
+    back = merge(again, changed(again, llm__AutoAWQ__W_BIT=[4]))
+    assert "    W_BIT: 4\n" in back.dump()
+    emptied = merge(again, changed(again, llm__AutoAWQ__W_BIT=[]))
+    assert emptied.values["llm"]["AutoAWQ"]["W_BIT"] is None and emptied.config.algorithm_settings.W_BIT == 4
+
+
+def test_a_list_of_one_stays_as_it_was_written():
+    text = TEMPLATE.replace("W_BIT: 4", "W_BIT: [ 4 ]")
+    draft = open_draft(text)
+    assert merge(draft, draft.shown).dump() == text
+
+
+def test_a_choice_can_be_left_to_its_default_again():
+    text = TEMPLATE.replace('"AutoAWQ"\n', '"LLMCompressor"\n') + "  \n"
+    draft = open_draft(text.replace("llm:\n", "llm:\n  LLMCompressor: {GROUP_SIZE: 64}\n"))
+    assert dict(zip((f.key for f in FIELDS), draft.shown, strict=True))["llm.LLMCompressor.GROUP_SIZE"] == 64
+    document = merge(draft, changed(draft, llm__LLMCompressor__GROUP_SIZE=UNSET))
+    assert document.config.algorithm_settings.GROUP_SIZE is None
+
+
+EXCEPTIONS = "{PATTERN: '*.down_proj', W_BIT: 8}, {PATTERN: model.layers.0.*, KEEP: True}"
+
+
+def test_exceptions_are_a_line_of_yaml():
+    draft = open_draft(TEMPLATE.replace('ALGORITHM: "AutoAWQ"', 'ALGORITHM: "Native"'))
+    document = merge(draft, changed(draft, llm__Native__OVERRIDES=EXCEPTIONS))
+    rows = document.config.algorithm_settings.OVERRIDES
+    assert [(r.PATTERN, r.W_BIT, r.KEEP) for r in rows] == [("*.down_proj", 8, False), ("model.layers.0.*", None, True)]
+    again = open_draft(document.dump())
+    shown = dict(zip((f.key for f in FIELDS), again.shown, strict=True))["llm.Native.OVERRIDES"]
+    assert shown == '{PATTERN: "*.down_proj", W_BIT: 8}, {PATTERN: "model.layers.0.*", KEEP: True}'
+    assert merge(again, again.shown).dump() == document.dump()
+    assert merge(again, changed(again, llm__Native__OVERRIDES="")).config.algorithm_settings.OVERRIDES == []
+
+
+@pytest.mark.parametrize("typed", ["{PATTERN: [", "some words", "{PATTERN: x}", "&a [*a]", "!!python/name:os.system"])
+def test_exceptions_that_cannot_be_read_are_reported_at_their_control(typed):
+    draft = open_draft(TEMPLATE.replace('ALGORITHM: "AutoAWQ"', 'ALGORITHM: "Native"'))
+    with pytest.raises(ConfigErrors) as caught:
+        _ = merge(draft, changed(draft, llm__Native__OVERRIDES=typed)).config
+    assert all(e.key.startswith("llm.Native.OVERRIDES") for e in caught.value.errors)

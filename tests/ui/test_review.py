@@ -26,6 +26,19 @@ def test_the_template_can_start(home):
     assert not home.jobs_db.exists() or JobStore(home).jobs() == []
 
 
+def test_each_result_stands_there_with_its_size(home):
+    html = review_html(looked_at(home, TEMPLATE.replace("W_BIT: 4", "W_BIT: [4, 3]")))
+    for words in ("2, from one pass", "AWQ 4 bit, groups of 128", "AWQ 3 bit, groups of 128"):
+        assert words in html
+    assert html.count(" % of ") == 2
+
+
+def test_an_exception_that_is_wrong_stands_at_its_control(home):
+    text = TEMPLATE.replace('ALGORITHM: "AutoAWQ"', 'ALGORITHM: "Native"')
+    text = text.replace("llm:\n", "llm:\n  Native: {OVERRIDES: [{PATTERN: '*.c_proj', W_BIT: 8}]}\n")
+    assert "matches no Linear" in messages_by_key(looked_at(home, text).problems)["llm.Native.OVERRIDES"]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "key", "words"),
     [

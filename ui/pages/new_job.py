@@ -15,7 +15,7 @@ import gradio as gr
 from backend.errors import ConfigError, ConfigErrors, QuantdeckError
 from backend.jobs import control
 from backend.paths import Home
-from backend.schema import DEMO, parse_yaml
+from backend.schema import ALGORITHMS, DEMO, parse_yaml
 from backend.sources.models import list_models
 from ui.draft import FIELDS, TEMPLATE, Draft, FormField, open_draft
 from ui.fields import Form, help_text
@@ -42,7 +42,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         with gr.Row(elem_classes=["qd-split"]):
             with gr.Column(scale=3, min_width=420):
                 form = Form(first.shown, {"MODEL": models, "DATASET_NAME": DATASETS})
-                facts = _form_sections(form)
+                facts, sections = _form_sections(form, str(_shown(first, "ALGORITHM")))
             with gr.Column(scale=2, min_width=340, elem_classes=["qd-side"]):
                 start = gr.Button("Start job", variant="primary", elem_id="start")
                 refused = gr.HTML(visible=False)
@@ -117,6 +117,9 @@ def build(demo: gr.Blocks, home: Home) -> None:
         shown = yaml_html(found.text, found.file_name, "Job file, as it will be saved")
         return [review_html(found), shown, command_html(found), wrong, *marks]
 
+    def on_algorithm(chosen: str | None) -> list[Any]:
+        return [gr.update(visible=name == chosen) for name in sections]
+
     def describe_model(model: str, custom_path: str) -> str:
         return model_html(home, model, custom_path)
 
@@ -138,6 +141,11 @@ def build(demo: gr.Blocks, home: Home) -> None:
         trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
     )  # fmt: skip
     gr.on(
+        [demo.load, form.controls["ALGORITHM"].change],
+        on_algorithm, [form.controls["ALGORITHM"]], list(sections.values()),
+        trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
+    )  # fmt: skip
+    gr.on(
         [demo.load, form.controls["MODEL"].change, form.controls["CUSTOM_MODEL_PATH"].change],
         describe_model, [form.controls["MODEL"], form.controls["CUSTOM_MODEL_PATH"]], [facts],
         trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
@@ -147,8 +155,21 @@ def build(demo: gr.Blocks, home: Home) -> None:
     ).success(None, [created], None, js=GO_TO_JOB, api_visibility="private")
 
 
-def _form_sections(form: Form) -> gr.HTML:
-    """Lays out all settings; returns the place for the facts of the chosen model."""
+def _shown(draft: Draft, key: str) -> Any:
+    """What the control of a setting shows for a draft."""
+    return next(value for field, value in zip(FIELDS, draft.shown, strict=True) if field.key == key)
+
+
+def _form_sections(form: Form, algorithm: str) -> tuple[gr.HTML, dict[str, gr.Column]]:
+    """Lays out all settings.
+
+    Args:
+        form: The form.
+        algorithm: The one whose section is shown at first.
+
+    Returns:
+        The place for the facts of the chosen model, and the section of each algorithm; hidden ones keep their values.
+    """
     with gr.Column(elem_classes=["qd-form"]):
         _heading("Model", "What is quantized.")
         form.one("MODEL")
@@ -167,9 +188,7 @@ def _form_sections(form: Form) -> gr.HTML:
     with gr.Column(elem_classes=["qd-form"]):
         _heading("Algorithm", "How the weights become smaller.")
         form.section("Algorithm")
-        form.section("AutoAWQ", advanced=False)
-        with gr.Accordion("More", open=False):
-            form.section("AutoAWQ")
+        sections = {name: _algorithm_section(form, name, visible=name == algorithm) for name in ALGORITHMS}
     with gr.Column(elem_classes=["qd-form"]):
         _heading("Measurements", "Taken from the baseline and from the saved result, in the same way, after saving.")
         form.section("Evaluation", advanced=False)
@@ -185,7 +204,15 @@ def _form_sections(form: Form) -> gr.HTML:
             form.section("Job")
         with gr.Accordion("Keys kept for other programs", open=False):
             form.section("Job", ignored=True)
-    return facts
+    return facts, sections
+
+
+def _algorithm_section(form: Form, name: str, *, visible: bool) -> gr.Column:
+    with gr.Column(visible=visible, elem_id=f"algorithm-{name}") as section:
+        form.section(name, advanced=False)
+        with gr.Accordion("More", open=False):
+            form.section(name)
+    return section
 
 
 def _heading(text: str, lead: str) -> None:

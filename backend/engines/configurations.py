@@ -1,0 +1,165 @@
+"""What a job makes: one `Configuration` per result, the product of the lists in its algorithm's section.
+
+Imports no torch: pages and checks before the start read configurations too.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from pydantic import ValidationError
+
+from backend.engines.registry import NATIVE, engine_name
+from backend.quantize.recipe import PER_CHANNEL, Override, Recipe, Scheme
+from backend.schema import AutoAWQSettings, JobConfig, LLMCompressorSettings, NativeSettings, OverrideSettings
+from backend.schema.fields import each
+
+HEAD = "lm_head"  # outside the decoder layers, so the core leaves it alone; named so that reports say why
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One result of a job.
+
+    Attributes:
+        name: Unique in the job and safe as a file name, e.g. `gptq-w4-g128`.
+        label: For people, e.g. `GPTQ 4 bit, groups of 128`.
+        engine: Name of the engine that makes it.
+        request: What the engine's program is asked for, as JSON values. Native: `name`, `label`, `recipe`, `layout`,
+            `dtype`; the others: `name`, `label` and the section of the file as `settings`.
+    """
+
+    name: str
+    label: str
+    engine: str
+    request: dict[str, Any]
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What happens to which Linear, where Quantdeck's own core makes it."""
+        return Recipe.from_dict(self.request["recipe"]) if "recipe" in self.request else None
+
+
+def configurations(config: JobConfig) -> list[Configuration]:
+    """The results of a job; lists are taken in the order of the file, method first, then bits, then group size."""
+    settings, engine = config.algorithm_settings, engine_name(config)
+    if isinstance(settings, NativeSettings):
+        return [_native(recipe, settings.layout, settings.stored_dtype) for recipe in _native_recipes(settings)]
+    if isinstance(settings, LLMCompressorSettings):
+        if engine == NATIVE:
+            return [_native(_llmcompressor_recipe(settings), "compressed-tensors", settings.dtype)]
+        return [_packaged(settings.label, _llmcompressor_label(settings), engine, settings.model_dump())]
+    if engine == NATIVE:
+        return [_native(Recipe(s.label, s), settings.layout, settings.dtype) for s in _awq_schemes(settings)]
+    (scheme,) = _awq_schemes(settings)
+    section = {**settings.model_dump(), "W_BIT": scheme.bits, "Q_GROUP_SIZE": scheme.group_size}
+    return [_packaged(scheme.label, scheme_label(scheme), engine, section)]
+
+
+def by_the_core(config: JobConfig) -> list[Configuration]:
+    """What Quantdeck's own core would make of the same settings, whichever engine they ask for.
+
+    The packages store the same tensors, so these recipes tell the size of their results too.
+
+    Returns:
+        As `configurations`; empty if the core cannot do what the settings ask for.
+    """
+    if engine_name(config) == NATIVE:
+        return configurations(config)
+    settings = config.algorithm_settings
+    try:
+        section = type(settings)(**{**settings.model_dump(), "ENGINE": NATIVE})
+    except ValidationError:
+        return []
+    sections = config.llm.model_copy(update={config.ALGORITHM: section})
+    return configurations(config.model_copy(update={"llm": sections}))
+
+
+def scheme_label(scheme: Scheme) -> str:
+    """A scheme for people, e.g. `AWQ 3 bit, groups of 64, symmetric`."""
+    groups = "one group per row" if scheme.group_size == PER_CHANNEL else f"groups of {scheme.group_size}"
+    return f"{scheme.method} {scheme.bits} bit, {groups}" + (", symmetric" if scheme.symmetric else "")
+
+
+def _native(recipe: Recipe, layout: str, dtype: str | None) -> Configuration:
+    label = scheme_label(recipe.scheme)
+    request = {
+        "name": recipe.name,
+        "label": label,
+        "recipe": recipe.to_dict(),
+        "layout": layout,
+        "dtype": dtype,
+    }
+    return Configuration(recipe.name, label, NATIVE, request)
+
+
+def _packaged(name: str, label: str, engine: str, settings: dict[str, Any]) -> Configuration:
+    return Configuration(name, label, engine, {"name": name, "label": label, "settings": settings})
+
+
+def _awq_schemes(settings: AutoAWQSettings) -> list[Scheme]:
+    pairs = product(each(settings.W_BIT), each(settings.Q_GROUP_SIZE))
+    return [Scheme("AWQ", bits, group_size, not settings.ZERO_POINT) for bits, group_size in pairs]
+
+
+def _native_recipes(settings: NativeSettings) -> list[Recipe]:
+    lists = product(each(settings.METHOD), each(settings.W_BIT), each(settings.Q_GROUP_SIZE))
+    schemes = [Scheme(method, bits, group_size, settings.SYMMETRIC) for method, bits, group_size in lists]
+    return [
+        Recipe(
+            name=scheme.label,
+            scheme=scheme,
+            overrides=_overrides(settings.OVERRIDES, scheme),
+            keep=tuple(settings.KEEP),
+            misfit=settings.MISFIT,
+            act_order=settings.ACT_ORDER,
+            damp=settings.DAMP,
+        )
+        for scheme in schemes
+    ]
+
+
+def _overrides(rows: Sequence[OverrideSettings], scheme: Scheme) -> tuple[Override, ...]:
+    """Exceptions with what they leave out filled in from the scheme."""
+
+    def changed(row: OverrideSettings) -> Scheme | None:
+        if row.KEEP:
+            return None
+        return Scheme(
+            row.METHOD or scheme.method,
+            row.W_BIT or scheme.bits,
+            row.Q_GROUP_SIZE or scheme.group_size,
+            scheme.symmetric if row.SYMMETRIC is None else row.SYMMETRIC,
+        )
+
+    return tuple(Override(row.PATTERN, changed(row)) for row in rows)
+
+
+def _llmcompressor_recipe(settings: LLMCompressorSettings) -> Recipe:
+    """The core's recipe for the same checkpoint; IGNORE names modules in full, so each becomes an exact pattern."""
+    weights = settings.weights
+    scheme = Scheme(settings.RECIPE, weights.bits, settings.group_size, weights.symmetric)
+    ignored = [name for name in settings.IGNORE if name != HEAD]
+    return Recipe(
+        name=settings.label,
+        scheme=scheme,
+        overrides=tuple(Override(glob.escape(name), None) for name in ignored),
+        keep=(HEAD,),
+        act_order=settings.ACTORDER == "static",
+        damp=settings.DAMPENING_FRAC,
+    )
+
+
+def _llmcompressor_label(settings: LLMCompressorSettings) -> str:
+    weights = settings.weights
+    words = settings.RECIPE if weights.bits == 16 else f"{settings.RECIPE} {settings.SCHEME}"
+    if weights.weight_only:
+        groups = "one group per row" if settings.group_size == PER_CHANNEL else f"groups of {settings.group_size}"
+        words = f"{words}, {groups}"
+    if "MASK" in settings.facts.uses:
+        words = f"{words}, {settings.SPARSITY:.0%} zeros ({settings.MASK})"
+    return f"{words}, 8-bit KV cache" if settings.KV_CACHE_FP8 and settings.RECIPE != "KVCache" else words
