@@ -37,6 +37,9 @@ lint: setup-dev
 
 bench: setup-dev
 	$(RUN) -m benchmarks.decode
+	$(RUN) -m benchmarks.quantizers
+	$(RUN) -m benchmarks.memory
+	$(RUN) -m benchmarks.configurations
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

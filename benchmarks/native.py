@@ -1,0 +1,57 @@
+"""Runs Quantdeck's own core as a job would: the same program, in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from backend.quantize.recipe import Recipe, Scheme
+from benchmarks.processes import ONE_THREAD, Usage, call, run
+
+PROGRAM = "backend.engines.native"
+START = "import backend.quantize.pipeline, backend.formats.writer"
+"""What it imports before it computes, torch and transformers among it."""
+
+
+def configuration(scheme: Scheme) -> dict[str, Any]:
+    """One configuration of a request, with the layout that other programs load: AutoAWQ's where it can hold it."""
+    layout = "autoawq-gemm" if scheme.bits == 4 and not scheme.symmetric else "compressed-tensors"
+    recipe = Recipe(scheme.label, scheme).to_dict()
+    return {"name": scheme.label, "label": scheme.label, "recipe": recipe, "layout": layout, "dtype": "float16"}
+
+
+def quantize(
+    inputs: Mapping[str, Any], schemes: Sequence[Scheme], folder: Path, *, limit_s: float = 3600.0
+) -> tuple[dict[str, Path], Usage]:
+    """Quantize once for all schemes, on one thread.
+
+    Args:
+        inputs: What `benchmarks.inputs` made.
+        schemes: The configurations.
+        folder: Takes the checkpoints and the log.
+        limit_s: Wall seconds after which it is stopped.
+
+    Returns:
+        Label of each scheme -> its checkpoint, and what the process cost.
+
+    Raises:
+        ProgramError: If it failed.
+    """
+    request = {
+        "model_dir": inputs["model_dir"],
+        "tokens_file": inputs["tokens_file"],
+        "out_dir": str(folder / "out"),
+        "checkpoint_dir": None,
+        "device": "cpu",
+        "seed": 0,
+        "configurations": [configuration(scheme) for scheme in schemes],
+    }
+    _, usage = call(PROGRAM, request, folder, limit_s=limit_s)
+    return {scheme.label: folder / "out" / scheme.label for scheme in schemes}, usage
+
+
+def start_cost(folder: Path) -> Usage:
+    """What a process costs that imports all this and ends."""
+    return run([sys.executable, "-c", START], log=folder / "start.txt", limit_s=600.0, environment=ONE_THREAD)
