@@ -13,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from backend.engines import environments
 from backend.engines.registry import ENGINES
 from backend.errors import ConfigError, QuantdeckError
+from backend.evaluate.combined import combined_table
 from backend.evaluate.compare import RENDERERS, comparison_rows
 from backend.jobs import control, export
 from backend.jobs.follow import follow
 from backend.jobs.preflight import check_job
+from backend.jobs.results import results_of
 from backend.jobs.store import Job, JobStore
 from backend.paths import HOME_VARIABLE, Home
 from backend.schema import read_yaml
@@ -38,14 +41,32 @@ def _run(args: argparse.Namespace, home: Home) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     job = control.submit(home, document.dump())
     print(f"job {job.job_id} ({job.uid}) on {job.device}, log: {control.log_path(home, job.uid)}", file=sys.stderr)
-    job = follow(home, job.uid)
+    return _outcome(follow(home, job.uid), as_json=args.json)
+
+
+def _resume(args: argparse.Namespace, home: Home) -> int:
+    control.reconcile(home)
+    before = JobStore(home).get(args.job_id)
+    events = control.events_file(home, before.uid)
+    cursor = events.stat().st_size if events.exists() else 0
+    job = control.resume(home, before.uid)
+    print(f"job {job.job_id} ({job.uid}) goes on, attempt {job.attempt}", file=sys.stderr)
+    return _outcome(follow(home, job.uid, cursor), as_json=args.json)
+
+
+def _outcome(job: Job, *, as_json: bool) -> int:
+    """Print how a job ended; returns the exit code."""
     if job.reason:
         print(f"{job.state}: {job.reason}", file=sys.stderr)
-    if args.json:
+    entries = results_of(job.result)
+    if as_json:
         _print_json(result_object(job))
     elif job.result and "table" in job.result:
-        print(job.result["table"])
-        print(f"\nQuantized model: {job.artefact}")
+        print(combined_table(entries) if len(entries) > 1 else job.result["table"])
+        print()
+        for entry in entries:
+            which = f" {entry['name']}" if len(entries) > 1 else ""
+            print(f"Quantized model{which}: {entry['artefact']}")
     return 0 if job.state == "succeeded" else 1
 
 
@@ -58,6 +79,7 @@ def result_object(job: Job) -> dict[str, Any]:
         "reason": job.reason,
         "artefact": job.artefact,
         "rows": result.get("rows", []),
+        "results": results_of(result),
         "timings": result.get("timings", {}),
         "peak_rss_bytes": result.get("peak_rss_bytes"),
         "device": result.get("device"),
@@ -73,8 +95,10 @@ def _validate(args: argparse.Namespace, home: Home) -> int:
     checked = check_job(config, home)
     for note in checked.notes:
         print(f"note: {note}", file=sys.stderr)
-    size = f", {checked.predicted_bytes / 1e6:.1f} MB of weights" if checked.predicted_bytes else ""
-    print(f"{args.config}: valid ({config.ALGORITHM} of {config.MODEL} on {checked.device}{size})")
+    print(f"{args.config}: valid ({config.ALGORITHM} of {config.MODEL} on {checked.device})")
+    for configuration in checked.configurations:
+        size = checked.predicted.get(configuration.name)
+        print(f"  {configuration.label}" + (f": {size / 1e6:.1f} MB of weights" if size else ""))
     return 0
 
 
@@ -113,7 +137,13 @@ def _engines(args: argparse.Namespace, home: Home) -> int:
     for engine in ENGINES:
         reason = engine.unavailable_because()
         state = f"disabled: {reason}" if reason else "enabled"
-        print(f"{engine.algorithm:<10} {engine.name:<8} {state}\n           {engine.about}")
+        print(f"{engine.name:<14} {', '.join(engine.algorithms):<32} {state}\n{'':<14} {engine.about}")
+    return 0
+
+
+def _install_engine(args: argparse.Namespace, home: Home) -> int:
+    python = environments.install(args.name, on_line=lambda line: print(line, file=sys.stderr, flush=True))
+    print(f"engine {args.name} is ready: {python}")
     return 0
 
 
@@ -167,7 +197,15 @@ def build_parser() -> argparse.ArgumentParser:
     exporting.add_argument("--to", choices=export.TARGETS, default="yaml")
     cancelling = add("cancel", _cancel, "cancel a job")
     cancelling.add_argument("job_id")
-    add("engines", _engines, "list the engines and whether they can run here")
+    resuming = add("resume", _resume, "go on with a failed or cancelled job where it stopped, in the foreground")
+    resuming.add_argument("job_id")
+    resuming.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    engines = add("engines", _engines, "list the engines and whether they can run here, or install one")
+    installing = engines.add_subparsers(dest="action").add_parser(
+        "install", help="build the environment of an engine that needs its own"
+    )
+    installing.add_argument("name", choices=environments.names())
+    installing.set_defaults(handler=_install_engine)
     evaluate = add("evaluate", _evaluate, "measure one model folder")
     evaluate.add_argument("model_dir", help="folder of a 16-bit or quantized model, or quantdeck/demo")
     evaluate.add_argument(

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import psutil
-
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 PARENT_VARIABLE = "QUANTDECK_PARENT_PID"
@@ -100,6 +98,8 @@ def end_tree(process: subprocess.Popen[bytes], *, grace_s: float) -> None:
         process: Child that was started with `start_new_session=True`.
         grace_s: Time to finish after SIGTERM, seconds.
     """
+    import psutil  # here, since programs in environments of their own use this module without it
+
     _signal_group(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(grace_s)

@@ -5,6 +5,7 @@ Only attributes that plotly.js 3.3.1 knows are used: that is the version Gradio 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import plotly.graph_objects as go
 BASELINE = "#6b788a"
 QUANTIZED = "#178a82"
 RTN = "#c98a2b"
+SERIES = (QUANTIZED, "#7a5bc0", "#2f6fd0", "#b5487a", "#6f8a1f", "#c1602c", "#3f9bb0", "#8d6e53")
 CLEAR = "rgba(0,0,0,0)"
 GREY = "#7f8b9b"
 
@@ -37,32 +39,103 @@ def _layout(figure: go.Figure, heading: str, y_title: str, height: int) -> go.Fi
     return figure
 
 
-def layer_errors(rows: Sequence[Row]) -> go.Figure:
-    """Output error of each decoder layer: AWQ against plain rounding to nearest.
+def layer_errors(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -> go.Figure:
+    """Output error of each decoder layer: every configuration, and plain rounding to nearest (dashed).
 
     Args:
-        rows: `layer`, `error`, `rtn_error` (relative, 0 to 1) in the order of the layers.
+        rows: `layer`, `error`, `rtn_error` (relative, 0 to 1; None where the engine does not know it), and
+            `configuration` if there are several, in the order of the layers.
+        labels: Names of the configurations for people.
     """
+    figure = go.Figure()
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row.get("configuration") or ""), []).append(row)
+    drawn: list[list[float]] = []
+    for i, (name, own) in enumerate(groups.items()):
+        label = (labels or {}).get(name, name) or "This job"
+        color = SERIES[i % len(SERIES)]
+        nearest = [float(row["rtn_error"]) for row in own if row.get("rtn_error") is not None]
+        if nearest and not any(_alike(nearest, other) for other in drawn):
+            drawn.append(nearest)  # configurations of equal bits and groups share it
+            several = len(groups) > 1
+            title = f"Round to nearest, as {label}" if several else "Round to nearest"
+            _layer_line(figure, own, "rtn_error", title, color if several else RTN, "dash")
+        _layer_line(figure, own, "error", label, color, "solid")
+    _layout(figure, "Output error by layer", "relative error (%)", 340 + 12 * len(groups))
+    if len(groups) > 1:
+        figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}, margin={"b": 110})
+        figure.update_layout(height=440 + 16 * len(groups))
+        figure.update_yaxes(type="log", rangemode="normal", dtick="D2")  # 2 and 4 bits differ tenfold
+    figure.update_layout(hovermode="x unified")
+    most = max((len(own) for own in groups.values()), default=0)
+    return figure.update_xaxes(title={"text": "decoder layer"}, dtick=max(1, most // 16), tick0=0)
+
+
+def _alike(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two lines would lie on one another; the layers before are quantized differently, so not quite equal."""
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=0.03) for x, y in zip(a, b, strict=True))
+
+
+def _layer_line(figure: go.Figure, rows: Sequence[Row], key: str, name: str, color: str, dash: str) -> None:
     number = [
         int(str(row["layer"]).rsplit(".", 1)[-1]) if str(row["layer"])[-1:].isdigit() else i
         for i, row in enumerate(rows)
     ]
+    figure.add_scatter(
+        x=number,
+        y=[None if row.get(key) is None else 100 * float(row[key]) for row in rows],
+        name=name,
+        mode="lines+markers",
+        line={"color": color, "width": 2.2, "dash": dash},
+        marker={"size": 7, "color": color},
+        hovertemplate="%{y:.3g} %",
+    )
+
+
+def size_against(y_title: str, baseline: tuple[float, float], points: Sequence[tuple[str, float, float]]) -> go.Figure:
+    """Size against a score, one point per configuration; nearest to the lower left corner is best.
+
+    Args:
+        y_title: Name of the score, where less is better.
+        baseline: (MB, score) of the 16-bit model.
+        points: (label, MB, score) of each configuration.
+    """
     figure = go.Figure()
-    series = (("Round to nearest", "rtn_error", RTN, "dot"), ("This job", "error", QUANTIZED, "solid"))
-    for name, key, color, dash in series:
+    named = (
+        ("Baseline", [("Baseline", *baseline)], BASELINE, "diamond"),
+        ("Quantized", list(points), QUANTIZED, "circle"),
+    )
+    for name, rows, color, symbol in named:
         figure.add_scatter(
-            x=number,
-            y=[100 * float(row[key]) for row in rows],
+            x=[row[1] for row in rows],
+            y=[row[2] for row in rows],
+            text=[row[0] for row in rows],
             name=name,
-            mode="lines+markers",
-            line={"color": color, "width": 2.2, "dash": dash},
-            marker={"size": 7, "color": color},
-            hovertemplate="%{y:.3g} %",
+            mode="markers+text",
+            textposition=_text_positions(rows, (baseline, *(p[1:] for p in points))),
+            marker={"size": 11, "color": color, "symbol": symbol},
+            hovertemplate="%{text}<br>%{x:.4g} MB<br>%{y:.5g}<extra></extra>",
+            cliponaxis=False,
         )
-    _layout(figure, "Output error by layer", "relative error (%)", 340)
-    figure.update_layout(hovermode="x unified")
-    figure.update_xaxes(title={"text": "decoder layer"}, dtick=max(1, len(number) // 16 or 1), tick0=0)
-    return figure
+    figure.add_hline(y=baseline[1], line={"color": BASELINE, "width": 1.2, "dash": "dot"})
+    _layout(figure, "Size against perplexity ↙", y_title, 380)
+    figure.update_layout(hovermode="closest", showlegend=False)
+    figure.update_xaxes(title={"text": "size of the weight files (MB)"}, rangemode="tozero", showgrid=True)
+    return figure.update_yaxes(rangemode="normal", zeroline=False)
+
+
+def _text_positions(rows: Sequence[tuple[str, float, float]], everything: Sequence[tuple[float, ...]]) -> list[str]:
+    """Where each label stands: beside its point, turned inwards at the right edge, stacked where points crowd."""
+    widths = [max(values) - min(values) or 1.0 for values in zip(*everything, strict=True)]
+    right = 0.7 * max(x for x, _ in everything)
+    placed: list[tuple[float, float]] = []
+    positions = []
+    for _, x, y in rows:
+        near = sum(abs(x - a) < 0.12 * widths[0] and abs(y - b) < 0.06 * widths[1] for a, b in placed)
+        placed.append((x, y))
+        positions.append(("top", "bottom", "middle")[near % 3] + (" left" if x > right else " right"))
+    return positions
 
 
 def comparison(heading: str, y_title: str, rows: Sequence[tuple[str, Row]]) -> go.Figure:
@@ -114,5 +187,7 @@ def _wrapped(label: str) -> str:
     """A long job name on two lines, so that names do not overlap below the bars."""
     if len(label) <= 18:
         return label
+    if " / " in label:
+        return label.replace(" / ", " /<br>")
     middle = len(label) // 2
     return label[:middle] + "<br>" + label[middle:]

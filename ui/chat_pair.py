@@ -17,6 +17,7 @@ from backend.chat.client import ModelProcess
 from backend.chat.side_by_side import side_by_side
 from backend.errors import JobError, QuantdeckError
 from backend.jobs.devices import torch_device
+from backend.jobs.results import result_named, results_of
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
 
@@ -38,15 +39,15 @@ class ChatPair:
         self.home = home
         self.idle_s = idle_s
         self._models: dict[str, ModelProcess] = {}
-        self._uid = ""
+        self._key = ""
         self._in_use = threading.Lock()  # held while loading and while answering
         self._timer: threading.Timer | None = None
 
     @property
-    def uid(self) -> str:
-        """The job whose models are loaded; empty if there is none."""
+    def key(self) -> str:
+        """Job and configuration whose models are loaded (see `pair_key`); empty if there is none."""
         models = list(self._models.values())
-        return self._uid if len(models) == len(SIDES) and all(m.alive for m in models) else ""
+        return self._key if len(models) == len(SIDES) and all(m.alive for m in models) else ""
 
     def info(self, side: str) -> dict[str, Any]:
         """What the process of a side said when it was ready; empty if it is not loaded."""
@@ -64,19 +65,23 @@ class ChatPair:
             return None
         return max((int(value) for value in peaks.values() if value is not None), default=None)
 
-    def load(self, uid: str) -> Iterator[str]:
-        """Load both models of a job, one after the other; yields what it is doing.
+    def load(self, key: str) -> Iterator[str]:
+        """Load the baseline and one quantized model of a job, one after the other; yields what it is doing.
+
+        Args:
+            key: Job and configuration, see `pair_key`.
 
         Raises:
-            JobError: If there is no such job, it has no artefact, or the models are in use.
+            JobError: If there is no such job or configuration, it has no artefact, or the models are in use.
             EngineError: If a model cannot be loaded.
         """
+        uid, _, name = key.partition("/")
         job = JobStore(self.home).get(uid)
-        folders = dict(zip(SIDES, (baseline_dir(job), quantized_dir(job)), strict=True))
+        folders = dict(zip(SIDES, (baseline_dir(job), quantized_dir(job, name)), strict=True))
         with self._use():
-            if self.uid != job.uid:
+            if self.key != key:
                 self._close()
-                self._uid = job.uid
+                self._key = key
                 try:
                     for side, folder in folders.items():
                         yield f"Loading the {side} model"
@@ -87,14 +92,14 @@ class ChatPair:
                     self._close()
                     raise
 
-    def answer(self, uid: str, baseline: Messages, quantized: Messages, **sampling: Any) -> Iterator[tuple[Any, Any]]:
+    def answer(self, key: str, baseline: Messages, quantized: Messages, **sampling: Any) -> Iterator[tuple[Any, Any]]:
         """Answer with both models at once; see `backend.chat.side_by_side`.
 
         Raises:
             JobError: If other models are loaded by now, or they are in use.
         """
         with self._use():
-            if self.uid != uid:
+            if self.key != key:
                 raise JobError("the models of this job are not loaded any more; load them again")
             yield from side_by_side(
                 self._models["baseline"], self._models["quantized"], baseline, quantized, **sampling
@@ -112,7 +117,7 @@ class ChatPair:
         self._close()
 
     def _close(self) -> None:
-        models, self._models, self._uid = self._models, {}, ""
+        models, self._models, self._key = self._models, {}, ""
         for model in models.values():
             model.close()
 
@@ -139,13 +144,19 @@ class ChatPair:
                 self._in_use.release()
 
 
-def quantized_dir(job: Job) -> Path:
-    """Folder of a job's artefact.
+def pair_key(job: Job, name: str = "") -> str:
+    """What names a pair of models: the job's uid, with the configuration's name where the job has several."""
+    return f"{job.uid}/{name}" if name and len(results_of(job.result)) > 1 else job.uid
+
+
+def quantized_dir(job: Job, name: str = "") -> Path:
+    """Folder of one of a job's quantized models, by the configuration's name; the first one's if it is empty.
 
     Raises:
         JobError: If there is none.
     """
-    folder = Path(job.artefact) if job.artefact else None
+    saved = result_named(job, name)["artefact"] if results_of(job.result) else job.artefact
+    folder = Path(saved) if saved else None
     if folder is None or not folder.is_dir():
         raise JobError(f"job {job.job_id} has no quantized model on disk; choose another job, or run it again")
     return folder

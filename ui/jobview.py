@@ -1,15 +1,15 @@
-"""How one job looks: badge, headline, stages, result table, artefact. All functions return HTML."""
+"""How one job looks: badge, headline, actions, stages, facts. All functions return HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from backend.evaluate.report import format_values
-from backend.evaluate.report import title as metric_title
+from backend.jobs.results import measured, results_of
 from backend.jobs.store import Job
 from ui.format import ago, duration, elapsed, moment, significant, size
 from ui.layout import action, card, esc, facts, link, notice
+from ui.resultview import impact_class, impact_text
 
 STATE_WORDS = {
     "queued": "Waiting",
@@ -70,114 +70,37 @@ def rows_of(job: Job) -> list[Row]:
     return list((job.result or {}).get("rows") or [])
 
 
-def value_text(row: Row, value: float) -> str:
-    """A number in a row's unit, e.g. `7.32`, `60.66 %`, `83.4 tokens/s`.
-
-    It gets as many decimals as make the row's impact visible, the same as in the command line's table.
-    """
-    return f"{value:.{_decimals(row)}f} {row.get('unit') or ''}".strip()
-
-
-def _decimals(row: Row) -> int:
-    return len(format_values(dict(row))[0].partition(".")[2])
-
-
-def _difference(row: Row, value: float) -> str:
-    """A signed difference; differences of percentages are points."""
-    unit = {"%": "points"}.get(str(row.get("unit") or ""), row.get("unit") or "")
-    sign = "+" if value > 0 else ""
-    return f"{sign}{value:.{_decimals(row)}f} {unit}".strip()
-
-
-def impact_text(row: Row) -> str:
-    """The signed difference quantized minus baseline, in the row's unit."""
-    return _difference(row, row["impact"])
-
-
-def impact_class(row: Row) -> str:
-    """CSS class of an impact: better, worse, or neither.
-
-    A measured number is only called better or worse if its interval excludes zero; sizes have no noise.
-    """
-    impact, interval = row["impact"], row.get("interval")
-    certain = row["metric"] == "size" if not interval else not interval[0] <= 0 <= interval[1]
-    if not impact or not certain:
-        return "qd-delta-none"
-    return "qd-delta-good" if (impact > 0) == bool(row["higher_is_better"]) else "qd-delta-bad"
-
-
-def interval_text(row: Row) -> str:
-    """The 95 % interval of the difference; empty where none is defined."""
-    interval = row.get("interval")
-    if not interval:
-        return ""
-    low, high = (_difference({**row, "unit": ""}, bound) for bound in interval)
-    return f"{low} to {high}" + (", within noise" if interval[0] <= 0 <= interval[1] else "")
-
-
-def ratio_text(row: Row) -> str:
-    """Quantized against baseline as a factor, for sizes, memory and speeds; empty for scores."""
-    baseline, quantized = row["baseline"], row["quantized"]
-    if row["metric"] not in ("size", "tokens/s", "peak memory") or not baseline:
-        return ""
-    if row["metric"] == "tokens/s":
-        return f"{significant(quantized / baseline)} times as fast"
-    return f"{significant(100 * quantized / baseline)} % of the baseline"
-
-
-def number_cells(row: Row) -> str:
-    """The last cells of a table row: baseline, quantized, impact with its 95 % interval and factor."""
-    below = " · ".join(part for part in (interval_text(row), ratio_text(row)) if part)
-    method = f' title="95 % interval: {esc(row["interval_method"])}"' if row.get("interval_method") else ""
-    reused = (
-        f'<span class="qd-sub">reused from {esc(str(row["cached_at"])[:10])}</span>' if row.get("cached_at") else ""
-    )
-    return (
-        f'<td class="qd-num">{esc(value_text(row, row["baseline"]))}{reused}</td>'
-        f'<td class="qd-num">{esc(value_text(row, row["quantized"]))}</td>'
-        f'<td class="qd-num"{method}><span class="{impact_class(row)}">{esc(impact_text(row))}</span>'
-        f'<span class="qd-sub">{esc(below)}</span></td>'
-    )
-
-
-def result_table(job: Job) -> str:
-    """The guide's table: Model, Task, Metric, Baseline, Quantized, Impact."""
-    body = "".join(
-        f"<tr><td>{esc(job.model)}</td>"
-        f'<td>{esc(row["name"])}<span class="qd-sub">{esc(row["protocol"])}</span></td>'
-        f'<td class="qd-nowrap">{esc(metric_words(row))}</td>'
-        f"{number_cells(row)}</tr>"
-        for row in rows_of(job)
-    )
-    return (
-        '<div class="qd-scroll"><table class="qd-table" id="result-table"><thead><tr><th>Model</th><th>Task</th>'
-        '<th>Metric</th><th class="qd-num">Baseline</th><th class="qd-num">Quantized</th>'
-        f'<th class="qd-num">Impact</th></tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def metric_words(row: Row) -> str:
-    """The metric with an arrow in the direction of improvement."""
-    return f"{metric_title(dict(row))} {'↑' if row['higher_is_better'] else '↓'}"
-
-
 def headline(job: Job) -> str:
     """The result in a few words: perplexity change and size ratio; else why there is none."""
-    rows = rows_of(job)
+    found, made = measured(job.result), len(results_of(job.result))
     parts = []
-    perplexity = next((r for r in rows if r["metric"] == "perplexity"), None)
-    if perplexity:
-        shown = f"perplexity {impact_text(perplexity)}"
-        parts.append(f'<span class="{impact_class(perplexity)}">{esc(shown)}</span>')
-    sizes = next((r for r in rows if r["metric"] == "size" and r.get("baseline")), None)
+    if made > 1:
+        parts.append(f"{made} configurations")
+    changes = [row for entry in found if (row := _first(entry["rows"], "perplexity"))]
+    if len(found) == 1 and changes:
+        shown = f"perplexity {impact_text(changes[0])}"
+        parts.append(f'<span class="{impact_class(changes[0])}">{esc(shown)}</span>')
+    elif changes:
+        least, most = min(changes, key=_impact), max(changes, key=_impact)
+        parts.append(f"perplexity {esc(impact_text(least))} to {esc(impact_text(most))}")
+    sizes = [row for entry in found if (row := _first(entry["rows"], "size")) and row["baseline"]]
     if sizes:
-        parts.append(f"{significant(100 * sizes['quantized'] / sizes['baseline'])} % of the size")
-    if parts:
+        shares = sorted({significant(100 * row["quantized"] / row["baseline"]) for row in sizes}, key=float)
+        parts.append(f"{' to '.join(dict.fromkeys((shares[0], shares[-1])))} % of the size")
+    if parts and job.state == "succeeded":
         return ", ".join(parts)
     if job.reason:
         short = job.reason if len(job.reason) <= 90 else job.reason[:87] + "..."
         return f'<span class="qd-muted" title="{esc(job.reason)}">{esc(short)}</span>'
-    return ""
+    return ", ".join(parts)
+
+
+def _first(rows: list[Row], metric: str) -> Row | None:
+    return next((row for row in rows if row["metric"] == metric), None)
+
+
+def _impact(row: Row) -> float:
+    return float(row["impact"])
 
 
 def run_time(job: Job) -> str:
@@ -202,12 +125,14 @@ def actions(job: Job, *, here: bool) -> str:
         buttons.append(link("Chat with both", f"/chat?job={job.uid}", "primary"))
         if rows:
             buttons.append(link("Compare", f"/compare?jobs={job.uid}"))
+    if job.state in ("failed", "cancelled"):
+        buttons.append(action("Resume", "resume", job.uid, title="Go on where it stopped; what is finished stays"))
     buttons.append(link("Clone", f"/new?clone={job.uid}", title="Open the same settings as a new job"))
     buttons.append(
         link("YAML", f"/download/{job.uid}.yaml", title="Download the job file", download=f"{job.job_id}.yaml")
     )
     if job.state in ("queued", "running"):
-        ask = f"Cancel job {job.job_id}? What it has computed so far is lost."
+        ask = f"Cancel job {job.job_id}? What it has finished is kept, and it can be resumed later."
         buttons.append(action("Cancel", "cancel", job.uid, kind="danger", confirm=ask))
     return "".join(buttons)
 
@@ -239,6 +164,8 @@ def stage_list(job: Job) -> str:
 def _present(job: Job) -> str:
     step, total = job.progress.get("step") or 0, job.progress.get("total") or 0
     words = []
+    if job.progress.get("configuration"):
+        words.append(str(job.progress["configuration"]))
     if total:
         words.append(f"{step} of {total}")
     if job.progress.get("message"):
@@ -257,7 +184,7 @@ def overview(job: Job) -> str:
         ("Algorithm", job.algorithm),
         ("Device", (job.result or {}).get("device") or ("CPU" if job.device == "cpu" else job.device)),
         ("Submitted", f"{ago(job.created_at)}" + (f" ({when.astimezone():%H:%M})" if when else "")),
-        ("Run time", run_time(job)),
+        ("Run time", run_time(job) + (f", attempt {job.attempt}" if job.attempt > 1 else "")),
         ("Peak memory", size((job.result or {}).get("peak_rss_bytes"))),
     ]
     return f'<div class="qd-stack">{_reason(job)}{card(facts([row for row in rows if row[1] != "-"]))}</div>'
@@ -265,37 +192,12 @@ def overview(job: Job) -> str:
 
 def _reason(job: Job) -> str:
     if job.state == "failed":
-        kept = f" The quantized model was saved before and stays in {job.artefact}." if job.artefact else ""
-        return notice("error", "This job failed", f"{job.reason or 'No reason was recorded; see the log.'}{kept}")
+        reason = (job.reason or "No reason was recorded; see the log").rstrip(".") + "."
+        single = job.artefact and len(results_of(job.result)) < 2
+        kept = f" The quantized model was saved before and stays in {job.artefact}." if single else ""
+        return notice("error", "This job failed", reason + kept)
     if job.state == "queued" and job.reason:
         return notice("info", "This job waits", job.reason)
     if job.state == "cancelled":
         return notice("warn", "This job was cancelled", job.reason or "")
     return ""
-
-
-def artefact(job: Job, files: Sequence[tuple[str, int]]) -> str:
-    """Where the quantized model is, its files, and how to load it.
-
-    Args:
-        job: A job with an artefact.
-        files: Name and bytes of every file in it.
-    """
-    listed = "".join(
-        f'<tr><td class="qd-mono">{esc(name)}</td><td class="qd-num">{size(n_bytes)}</td></tr>'
-        for name, n_bytes in files
-    )
-    code = (
-        "from backend.formats.loader import load_model, load_tokenizer\n\n"
-        f"model = load_model({job.artefact!r})\ntokenizer = load_tokenizer({job.artefact!r})"
-    )
-    serve = f"vllm serve {job.artefact} --quantization awq"
-    return card(
-        f'<p class="qd-mono qd-small">{esc(job.artefact)}</p>'
-        '<div class="qd-scroll"><table class="qd-table"><thead><tr><th>File</th><th class="qd-num">Size</th></tr>'
-        f"</thead><tbody>{listed}</tbody></table></div>"
-        f'<h2 style="margin-top:18px">Load it</h2><pre class="qd-log">{esc(code)}</pre>'
-        f'<p class="qd-muted qd-small">On a machine with vLLM and a GPU (AutoAWQ format): '
-        f"<code>{esc(serve)}</code></p>",
-        "Quantized model",
-    )

@@ -108,11 +108,12 @@ def link(text: str, href: str, kind: str = "secondary", **attributes: str) -> st
     return f'<a class="qd-button qd-{kind}" href="{esc(href)}"{extra}>{esc(text)}</a>'
 
 
-def action(text: str, act: str, uid: str, *, kind: str = "secondary", confirm: str = "") -> str:
+def action(text: str, act: str, uid: str, *, kind: str = "secondary", confirm: str = "", title: str = "") -> str:
     """A button whose click reaches the page's Python handler through `ACTION_JS`."""
-    ask = f' data-confirm="{esc(confirm)}"' if confirm else ""
+    extra = f' data-confirm="{esc(confirm)}"' if confirm else ""
+    extra += f' title="{esc(title)}"' if title else ""
     return (
-        f'<button type="button" class="qd-button qd-{kind}" data-act="{esc(act)}" data-uid="{esc(uid)}"{ask}>'
+        f'<button type="button" class="qd-button qd-{kind}" data-act="{esc(act)}" data-uid="{esc(uid)}"{extra}>'
         f"{esc(text)}</button>"
     )
 

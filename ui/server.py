@@ -12,18 +12,20 @@ import logging
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backend.errors import ConfigError, JobError
 from backend.jobs import control
+from backend.jobs.results import results_of
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from ui.chat_pair import ChatPair
@@ -129,6 +131,20 @@ def create_app(home: Home, host: str = "127.0.0.1", port: int = 7860) -> FastAPI
             return PlainTextResponse(error.message, status_code=404)
         name = f'attachment; filename="{job.job_id}.yaml"'  # JOB_IDs have only letters, digits, '.', '_', '-'
         return Response(job.config_yaml, media_type="application/yaml", headers={"Content-Disposition": name})
+
+    @app.get("/download/{uid}/{name}/{file}")
+    def download_file(uid: str, name: str, file: str) -> Response:
+        """One file of a quantized model; only what its manifest lists is handed out."""
+        try:
+            job = JobStore(home).get(uid)
+            entry = next((e for e in results_of(job.result) if name == (e["name"] or "model")), None)
+        except JobError as error:
+            return PlainTextResponse(error.message, status_code=404)
+        listed = (entry or {}).get("manifest", {}).get("files", {})
+        path = Path(entry["artefact"]) / file if entry else None
+        if path is None or file not in listed or not path.is_file():
+            return PlainTextResponse(f"job {job.job_id} has no file {file!r} of {name!r}", status_code=404)
+        return FileResponse(path, filename=file, media_type="application/octet-stream")
 
     # Gradio says so about every site of several pages, even when server-side rendering was never asked for.
     warnings.filterwarnings("ignore", message="SSR mode is not supported with multi-page apps")

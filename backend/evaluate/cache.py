@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ FORMAT = 1
 """Raise it when a protocol's meaning changes: older entries then no longer match."""
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
-_NOT_MEASURED = frozenset({"model_dir", "samples_dir", "stage"})
+_NOT_MEASURED = frozenset({"model_dir", "samples_dir", "stage", "configuration"})
 """Keys of a request that do not change its numbers."""
 
 
 def model_fingerprint(model_dir: Path) -> str:
     """SHA-256 over the names and contents of a model folder's weights, configuration and tokenizer.
 
-    Reads every byte: about a second per 1.5 GB, far less than measuring the model takes.
+    Reads every byte (about a second per 1.5 GB, far less than measuring the model takes), and a second time in
+    the same process only if a file's size or time has changed.
 
     Raises:
         CheckpointError: If the folder has no safetensors file.
@@ -37,7 +39,18 @@ def model_fingerprint(model_dir: Path) -> str:
     files = sorted({path for pattern in _MODEL_FILES for path in model_dir.glob(pattern)})
     if not any(path.suffix == ".safetensors" for path in files):
         raise CheckpointError(f"The model folder {model_dir} has no *.safetensors file: nothing to measure.")
-    return _digest([(path.name, sha256_file(path)) for path in files])
+    return digest([(path.name, file_digest(path)) for path in files])
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, computed once per process for as long as its size and time stay."""
+    facts = path.stat()
+    return _file_digest(str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: str, *_: int) -> str:
+    return sha256_file(Path(path))
 
 
 def evaluation_key(request: Mapping[str, Any]) -> str:
@@ -45,12 +58,12 @@ def evaluation_key(request: Mapping[str, Any]) -> str:
     asked = {key: value for key, value in request.items() if key not in _NOT_MEASURED}
     perplexity = asked.get("perplexity")
     if perplexity:
-        text = sha256_file(Path(required(perplexity, "text_file")))
+        text = file_digest(Path(required(perplexity, "text_file")))
         asked["perplexity"] = {**perplexity, "text_file": text}
     if any(task["name"] == TASK_NAME for task in asked.get("tasks") or []):
         files = sorted(path for folder in (TASK_DIR, DATA_DIR) for path in folder.rglob("*") if path.is_file())
-        asked["demo"] = [(path.name, sha256_file(path)) for path in files]
-    return _digest(
+        asked["demo"] = [(path.name, file_digest(path)) for path in files]
+    return digest(
         {
             "format": FORMAT,
             "model": model_fingerprint(Path(required(request, "model_dir"))),
@@ -85,5 +98,6 @@ def _path(folder: Path, key: str) -> Path:
     return folder / f"{key}.json"
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Several jobs side by side: one line per job and number, in JSON, Markdown or CSV."""
+"""Several jobs side by side: one line per job, configuration and number, in JSON, Markdown or CSV."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from backend.errors import JobError
+from backend.jobs.results import measured
 
 COLUMNS = (
     "job",
     "model",
     "algorithm",
+    "configuration",
     "metric",
     "name",
     "unit",
@@ -57,11 +59,14 @@ def comparison_rows(jobs: Sequence[Measured]) -> list[dict[str, Any]]:
     """
     rows = []
     for job in jobs:
-        if not job.result or "rows" not in job.result:
+        entries = measured(job.result)
+        if not entries:
             raise JobError(f"job {job.job_id} is {job.state} and has no measurements to compare")
-        for row in job.result["rows"]:
-            named = {"job": job.job_id, "model": job.model, "algorithm": job.algorithm, **row}
-            rows.append({column: named[column] for column in COLUMNS})
+        named = {"job": job.job_id, "model": job.model, "algorithm": job.algorithm}
+        for entry in entries:
+            for row in entry["rows"]:
+                full = {**named, "configuration": entry["name"], **row}
+                rows.append({column: full[column] for column in COLUMNS})
     order = {(r["metric"], r["name"], r["protocol"]): None for r in rows}
     rank = {key: place for place, key in enumerate(order)}
     return sorted(rows, key=lambda r: rank[r["metric"], r["name"], r["protocol"]])
@@ -79,11 +84,14 @@ def to_json(rows: list[dict[str, Any]]) -> str:
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """A table for people; the impact is followed by its 95 % interval where there is one."""
     lines = ["| Job | Number | Protocol | Baseline | Quantized | Impact |", "|---|---|---|---|---|---|"]
+    made = {(row["job"], row["configuration"]) for row in rows}
+    several = {job for job, _ in made if sum(job == other for other, _ in made) > 1}
     for row in rows:
+        who = f"{row['job']} / {row['configuration']}" if row["job"] in several else row["job"]
         interval = f" [{row['interval'][0]:+.3g}, {row['interval'][1]:+.3g}]" if row["interval"] else ""
         unit = f" ({row['unit']})" if row["unit"] else ""
         lines.append(
-            f"| {row['job']} | {row['name']}{unit} | {row['protocol']} | {_number(row['baseline'])} | "
+            f"| {who} | {row['name']}{unit} | {row['protocol']} | {_number(row['baseline'])} | "
             f"{_number(row['quantized'])} | {row['impact']:+.4g}{interval} |"
         )
     return "\n".join(lines)

@@ -109,14 +109,16 @@ def task_label(row: Row) -> str:
 
 def format_values(row: Row) -> tuple[str, str, str]:
     """Baseline, quantized and signed impact with as many decimals as make the impact visible."""
-    decimals = 1 if row["metric"] == "tokens/s" else 2
-    while decimals < 5 and row["impact"] and abs(row["impact"]) < 5 * 10.0**-decimals:
-        decimals += 1
-    return (
-        f"{row['baseline']:.{decimals}f}",
-        f"{row['quantized']:.{decimals}f}",
-        f"{row['impact']:+.{decimals}f}",
-    )
+    places = decimals(row)
+    return f"{row['baseline']:.{places}f}", f"{row['quantized']:.{places}f}", f"{row['impact']:+.{places}f}"
+
+
+def decimals(row: Row) -> int:
+    """How many decimals make a row's impact visible."""
+    places = 1 if row["metric"] == "tokens/s" else 2
+    while places < 5 and row["impact"] and abs(row["impact"]) < 5 * 10.0**-places:
+        places += 1
+    return places
 
 
 def _pair(left: Sequence[Metric], right: Sequence[Metric]) -> list[tuple[Metric, Metric]]:

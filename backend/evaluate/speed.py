@@ -6,8 +6,8 @@ apart, at batch 1. Where both models do not fit into memory together they are me
 and the protocol says so. Nothing here is ever taken from a cache.
 
 REQUEST: `{"baseline_dir", "quantized_dir", "device", "dtype", "prompt_tokens", "new_tokens", "warmup",
-"repetitions", "threads", "seed", "stage"}`. RESULT: `{"baseline": {"metrics": [...]}, "quantized":
-{"metrics": [...]}, "wall_s"}`.
+"repetitions", "threads", "seed", "stage", "configuration"}`, the last two for its events.
+RESULT: `{"baseline": {"metrics": [...]}, "quantized": {"metrics": [...]}, "wall_s"}`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Self
 import psutil
 
 from backend.chat.client import ModelProcess
-from backend.child import run_child
+from backend.child import progress_of, run_child
 from backend.errors import ConfigError
 from backend.evaluate.metrics import Metric, versions
 from backend.evaluate.stats import median_interval
@@ -221,7 +221,7 @@ def benchmark(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
         Path(required(request, "baseline_dir")),
         Path(required(request, "quantized_dir")),
         SpeedSettings.from_request(request),
-        lambda step, total, message: events.progress(stage, step, total, message),
+        progress_of(request, stage, events),
     )
     return result | {"wall_s": time.monotonic() - started}
 

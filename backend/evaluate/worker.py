@@ -6,7 +6,8 @@ that libraries print goes to standard error.
 
 REQUEST: `{"model_dir", "device", "dtype", "perplexity": {"text_file", "text_name", "protocols", "window",
 "max_windows"} or null, "tasks": [{"name", "num_fewshot", "limit"}], "batch_size", "seed", "samples_dir",
-"stage"}`. RESULT: `{"metrics": [...], "peak_rss_bytes", "wall_s"}`, written only when all went well.
+"stage", "configuration"}`, the last two for its events. RESULT: `{"metrics": [...], "peak_rss_bytes", "wall_s"}`,
+written only when all went well.
 Exit code 0; 2 for a wrong request; 1 for any other failure.
 """
 
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from backend.child import run_child
+from backend.child import progress_of, run_child
 from backend.evaluate.loading import check_folder, open_model
 from backend.evaluate.memory import peak_resident_bytes
 from backend.evaluate.tasks import check_tasks
@@ -42,11 +43,9 @@ def evaluate(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     model_dir = Path(required(request, "model_dir"))
     check_tasks(str(required(task, "name")) for task in tasks)
     check_folder(model_dir, request.get("dtype"))
-    events.progress(stage, 0, 1, "loading the model")
+    progress = progress_of(request, stage, events)
+    progress(0, 1, "loading the model")
     model, tokenizer = open_model(model_dir, request.get("device", "cpu"), request.get("dtype"))
-
-    def progress(step: int, total: int, message: str) -> None:
-        events.progress(stage, step, total, message)
 
     batch_size = int(request.get("batch_size", 8))
     metrics: list[Any] = []

@@ -22,8 +22,8 @@ from backend.quantize.recipe import Recipe, Scheme
 
 MAX_SHARD_BYTES = 4 * 2**30
 HEADER_FIELD_BYTES = 8
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-"""A decoder layer in a tensor's name: model.layers.N, model.decoder.layers.N (OPT), gpt_neox.layers.N."""
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+"""A decoder layer in a tensor's name: model.layers.N, gpt_neox.layers.N, transformer.h.N, transformer.blocks.N."""
 TIED_HEADS = ("lm_head.weight", "embed_out.weight")
 
 

@@ -69,6 +69,21 @@ def cancel(home: Home, uid: str) -> Job:
     return job
 
 
+def resume(home: Home, uid: str) -> Job:
+    """Queue a failed or cancelled job again and start its runner; what is finished is not done twice.
+
+    Raises:
+        JobError: If the job is active, or has succeeded.
+    """
+    store = JobStore(home)
+    job = store.get(uid)
+    if not store.resume(job.uid, actor="user", attempt=job.attempt):
+        job = store.get(job.uid)
+        raise JobError(f"job {job.job_id} is {job.state}; only a failed or cancelled job can be resumed")
+    launch(home, job.uid)
+    return store.get(job.uid)
+
+
 def clone_text(home: Home, uid: str) -> str:
     """The YAML of a job with a JOB_ID that is free, everything else untouched."""
     return with_free_name(home, parse_yaml(JobStore(home).get(uid).config_yaml)).dump()
@@ -96,16 +111,28 @@ def tail_log(home: Home, uid: str, cursor: int | None = None) -> tuple[list[str]
 
 def events(home: Home, uid: str, cursor: int = 0) -> tuple[list[dict[str, Any]], int]:
     """The job's events after a cursor, and the next cursor."""
-    return read_events(home.run_dir(JobStore(home).get(uid).uid) / "events.jsonl", cursor)
+    return read_events(events_file(home, uid), cursor)
+
+
+def events_file(home: Home, uid: str) -> Path:
+    """The file of all attempts' events."""
+    return home.run_dir(JobStore(home).get(uid).uid) / "events.jsonl"
 
 
 def layer_errors(home: Home, uid: str) -> list[dict[str, Any]]:
-    """Relative output error of each decoder layer done so far: `layer`, `error`, `rtn_error`."""
-    return [
-        {"layer": e["layer"], "error": e["error"], "rtn_error": e["rtn_error"]}
-        for e in events(home, uid)[0]
-        if e.get("stage") == "quantize" and "error" in e
-    ]
+    """What is known of each decoder layer done so far, of a resumed job the latest.
+
+    Returns:
+        `configuration` (its name, empty if there is only one), `layer`, `error`, `rtn_error` (relative output
+        errors) and `notes`, in the order of the first attempt.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for event in events(home, uid)[0]:
+        if event.get("stage") == "quantize" and event.get("error") is not None and event.get("layer"):
+            name, layer = str(event.get("configuration") or ""), str(event["layer"])
+            errors = {"error": event["error"], "rtn_error": event.get("rtn_error")}
+            found[name, layer] = {"configuration": name, "layer": layer, **errors, "notes": event.get("notes") or []}
+    return list(found.values())
 
 
 def reconcile(home: Home, *, besides: str | None = None) -> list[str]:
@@ -131,7 +158,10 @@ def reconcile(home: Home, *, besides: str | None = None) -> list[str]:
             continue
         stage = job.progress.get("stage", "start")
         kept = f" The quantized model is saved in {job.artefact}." if job.artefact else ""
-        reason = f"the runner process died during stage '{stage}' (killed, or the machine was restarted).{kept}"
+        reason = (
+            f"the runner process died during stage '{stage}' (killed, or the machine was restarted).{kept} "
+            "Resume the job to go on where it stopped"
+        )
         if store.move(job.uid, "failed", actor="reconcile", attempt=job.attempt, reason=reason):
             changed.append(job.uid)
     return changed

@@ -49,3 +49,20 @@ def read_events(path: Path, cursor: int = 0) -> tuple[list[dict[str, Any]], int]
         if isinstance(event, dict):
             events.append(event)
     return events, cursor
+
+
+def end_torn_line(path: Path) -> int:
+    """Close the line that a killed writer left open, so that the next event starts on its own.
+
+    Returns:
+        The size of the file after that, 0 if there is none yet.
+    """
+    if not path.exists():
+        return 0
+    with open(path, "rb+") as file:
+        size = file.seek(0, 2)
+        if size:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                size += file.write(b"\n")
+    return size

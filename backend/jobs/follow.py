@@ -15,12 +15,17 @@ RECONCILE_EVERY_S = 5.0
 LINE_EVERY_S = 3.0
 
 
-def follow(home: Home, uid: str) -> Job:
+def follow(home: Home, uid: str, cursor: int = 0) -> Job:
     """Print the job's progress to standard error until it is in a final state.
 
     Ctrl-C cancels the job and goes on following until it has ended.
+
+    Args:
+        home: The home.
+        uid: The job.
+        cursor: Where to start in its events; of a resumed job, after those of its earlier attempts.
     """
-    store, cursor, reconciled, show = JobStore(home), 0, time.monotonic(), _Printer()
+    store, reconciled, show = JobStore(home), time.monotonic(), _Printer()
     while True:
         try:
             job = store.get(uid)
@@ -46,7 +51,7 @@ class _Printer:
 
     def __init__(self) -> None:
         self._last = ""
-        self._group: tuple[object, object] | None = None
+        self._group: tuple[object, ...] | None = None
         self._at = 0.0
 
     def line(self, text: str) -> None:
@@ -56,7 +61,7 @@ class _Printer:
 
     def event(self, event: dict[str, Any]) -> None:
         """A layer, a new kind of work and its last step are always shown; steps between only now and then."""
-        group = (event.get("stage"), event.get("message"))
+        group = (event.get("stage"), event.get("configuration"), event.get("message"))
         ends = event.get("step") == event.get("total")
         if event.get("layer") or ends or group != self._group or time.monotonic() - self._at > LINE_EVERY_S:
             self._group = group
@@ -71,8 +76,19 @@ def progress_line(event: dict[str, Any]) -> str:
     parts = [f"{event.get('stage', ''):>12}"]
     if total:
         parts.append(f"{step}/{total}")
+    if event.get("configuration"):
+        parts.append(f"[{event['configuration']}]")
     if event.get("layer"):
-        parts.append(f"{event['layer']}  error {event['error']:.3e} (round-to-nearest {event['rtn_error']:.3e})")
+        parts.append(f"{event['layer']}{_errors(event)}")
+        parts += [str(note) for note in event.get("notes") or []]
     elif event.get("message"):
         parts.append(event["message"])
     return "  ".join(parts)
+
+
+def _errors(event: dict[str, Any]) -> str:
+    """A layer's error and that of rounding to nearest, as far as the engine knows them."""
+    if event.get("error") is None:
+        return ""
+    nearest = f" (round-to-nearest {event['rtn_error']:.3e})" if event.get("rtn_error") is not None else ""
+    return f"  error {event['error']:.3e}{nearest}"

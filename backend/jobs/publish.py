@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from backend.disk import DiskFullError, is_disk_full
 from backend.errors import JobError
 from backend.files import sha256_file, sync_path
 
@@ -26,18 +27,33 @@ def publish(staging: Path, target: Path, facts: dict[str, Any]) -> dict[str, Any
 
     Raises:
         JobError: If the target already exists.
+        DiskFullError: If the manifest does not fit on the disk; the target does not exist then.
     """
     files = sorted(p for p in staging.iterdir() if p.is_file() and p.name != MANIFEST)
     manifest = {**facts, "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files}}
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in (*files, staging / MANIFEST, staging):
-        sync_path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(manifest, indent=2) + "\n"
+    try:
+        (staging / MANIFEST).write_text(text, encoding="utf-8")
+        for path in (*files, staging / MANIFEST, staging):
+            sync_path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFullError(staging / MANIFEST, len(text.encode())) from error
+        raise
     if target.exists():
         raise JobError(f"{target} already exists; the finished model stays in {staging}, nothing was overwritten")
     os.rename(staging, target)
     sync_path(target.parent)
     return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a published folder; None if there is none that can be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def check_manifest(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ queued -> running -> succeeded | failed
 queued -> cancelled
 running -> cancelling -> cancelled
 any active state -> failed   (the runner died, or a stage failed while cancelling)
+failed | cancelled -> queued (resumed: the same job, with the next attempt number)
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ MOVES: dict[State, tuple[State, ...]] = {
     "running": ("succeeded", "failed", "cancelling"),
     "cancelling": ("cancelled", "failed"),
     "succeeded": (),
-    "failed": (),
-    "cancelled": (),
+    "failed": ("queued",),
+    "cancelled": ("queued",),
 }
 
 

@@ -15,7 +15,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -77,10 +77,11 @@ class Job:
         folder: Where the artefact is published, relative to the home.
         device: `cpu` or `cuda:N`, decided when the job was created.
         state: One of `backend.jobs.states`.
+        attempt: 1, and one more each time it was resumed.
         reason: Why it waits, failed or was cancelled; None otherwise.
-        progress: `stage`, `step`, `total`, `eta_s`, `message` of the present stage.
-        result: Rows, timings and the like once measured.
-        artefact: Absolute path of the published model, None until it is.
+        progress: `stage`, `step`, `total`, `eta_s`, `message`, `configuration` of the present stage.
+        result: Rows, timings and the like once measured; see `backend.jobs.results`.
+        artefact: Absolute path of the published model (of several: the first one's), None until it is.
     """
 
     uid: str
@@ -166,11 +167,10 @@ class JobStore:
         return Job(**row)
 
     @staticmethod
-    def _record(db: Database, job: Job, to: State, actor: str, reason: str | None) -> None:
-        came_from = None if to == "queued" else job.state
+    def _record(db: Database, job: Job, to: State, actor: str, reason: str | None, *, new: bool = False) -> None:
         db.table("job_events").insert(
             {
-                "uid": job.uid, "attempt": job.attempt, "from_state": came_from, "to_state": to,
+                "uid": job.uid, "attempt": job.attempt, "from_state": None if new else job.state, "to_state": to,
                 "actor": actor, "reason": reason, "at": now(),
             }
         )  # fmt: skip
@@ -210,7 +210,7 @@ class JobStore:
             )  # fmt: skip
             row = {k: v for k, v in vars(job).items() if k not in ("progress", "result")}
             db.table("jobs").insert({**row, "progress": "{}", "result": None})
-            self._record(db, job, "queued", "user", None)
+            self._record(db, job, "queued", "user", None, new=True)
         return job
 
     def _free_name(self, db: Database, config: JobConfig) -> str:
@@ -280,6 +280,8 @@ class JobStore:
         Returns:
             True if the state was changed, False if another change came first.
         """
+        if to == "queued":
+            raise ValueError("a job is queued by `create` and by `resume`, which counts the attempt")
         sources = (only_from,) if only_from else sources_of(to)
         stamp = {"running": "started_at"}.get(to, "finished_at" if to in FINAL else None)
         also = f", {stamp} = :now" if stamp else ""
@@ -295,6 +297,32 @@ class JobStore:
                 {"to": to, "reason": reason, "uid": uid, "now": now()},
             )
             self._record(db, before, to, actor, reason)
+        return True
+
+    def resume(self, uid: str, *, actor: str, attempt: int) -> bool:
+        """Queue a failed or cancelled job again under the next attempt number.
+
+        What its earlier attempts stored stays; whatever is left of an earlier attempt can change nothing any more.
+
+        Args:
+            uid: The job.
+            actor: Who asks.
+            attempt: The attempt that is to be followed; of two callers at once the second changes nothing.
+
+        Returns:
+            True if the job is queued now, False if it is not in a state to resume or another change came first.
+        """
+        with self._write() as db:
+            rows = list(db.query("SELECT * FROM jobs WHERE uid = ? AND attempt = ?", [uid, attempt]))
+            if not rows or rows[0]["state"] not in sources_of("queued"):
+                return False
+            before = self._job(rows[0])
+            db.execute(
+                "UPDATE jobs SET state = 'queued', attempt = attempt + 1, reason = NULL, progress = '{}', "
+                "started_at = NULL, finished_at = NULL WHERE uid = ?",
+                [uid],
+            )
+            self._record(db, replace(before, attempt=attempt + 1), "queued", actor, "resumed")
         return True
 
     def claim(self, uid: str, attempt: int) -> bool:

@@ -17,6 +17,7 @@ from backend.quantize.fold import Fold
 from backend.quantize.gptq import Factor
 from backend.quantize.gram import error_energy
 from backend.quantize.grid import Grid
+from backend.quantize.rounding import round_nearest, round_with_feedback
 from backend.quantize.site import Site
 
 SEARCH_ROWS = 256  # rows on which scales are compared
@@ -37,18 +38,20 @@ class Target:
     factor: Factor | None
 
 
-def search_scale(site: Site, fold: Fold, targets: Sequence[Target], ratios: int) -> Tensor | None:
+def search_scale(site: Site, fold: Fold, targets: Sequence[Target], ratios: int, *, clip: bool) -> Tensor | None:
     """Find s so that rounding s * W loses least.
 
     Candidates are s = x^r / (w^(1-r) + 1e-4) for r = 0, 1/n, ... (n-1)/n, with x the salience of each input and w
     the mean |weight| relative to its group's largest, normalised to sqrt(max * min) = 1. They compete with no scale
-    at all, on at most `SEARCH_ROWS` evenly spaced rows of all targets together.
+    at all, on at most `SEARCH_ROWS` evenly spaced rows of all targets together. The losses that rank them are quick
+    ones; the winner must then lower the error of the real rounding, ranges and feedback included, of those rows.
 
     Args:
         site: The input.
         fold: Where the scale will go: channels that share a producer share a scale.
         targets: Linears to be rounded.
         ratios: n.
+        clip: Whether the rounding will search for ranges.
 
     Returns:
         Per channel of the producer, (width,); None if no scale beats none.
@@ -65,6 +68,8 @@ def search_scale(site: Site, fold: Fold, targets: Sequence[Target], ratios: int)
         loss = sum(_loss(site, target, scale[channels]) for target in sampled)
         if loss < least:
             best, least = scale, loss
+    if best is None or _error(site, sampled, best[channels], clip) >= _error(site, sampled, None, clip):
+        return None
     return best
 
 
@@ -105,6 +110,20 @@ def _loss(site: Site, target: Target, columns: Tensor | None) -> float:
     if columns is not None:
         variance = variance / columns.square()
     return float((steps * grid.grouped(variance)).sum() / 12)
+
+
+def _error(site: Site, targets: Sequence[Target], columns: Tensor | None, clip: bool) -> float:
+    """Energy of the output error of the targets, really rounded."""
+    total = 0.0
+    for target in targets:
+        w = target.weight if columns is None else target.weight * columns
+        if target.factor is None:
+            rounded = round_nearest(w, site, target.grid, clip=clip, columns=columns)
+        else:
+            rounded = round_with_feedback([w], target.factor, target.grid, clip=clip, columns=columns)[0]
+        e = rounded.dequantize() - w
+        total += float(error_energy(e if columns is None else e / columns, site.H).sum())
+    return total
 
 
 def _per_channel(values: Tensor, channels: Tensor, width: int) -> Tensor:

@@ -141,7 +141,7 @@ class LayerJob:
                 )
                 for n in names
             ]
-            scale = search_scale(site, site.fold, targets, self.recipe.scale_grid)
+            scale = search_scale(site, site.fold, targets, self.recipe.scale_grid, clip=self.recipe.clip)
             if scale is not None:
                 found[site.fold] = scale
         return found

@@ -20,6 +20,7 @@ from backend.quantize.calibrate import calibrate
 from backend.quantize.check import check_recipe, checked_architecture
 from backend.quantize.checkpoint import Checkpoint, fingerprint
 from backend.quantize.layer import LayerJob, Writer
+from backend.quantize.memory import release_memory
 from backend.quantize.producers import FoldFinder
 from backend.quantize.recipe import Recipe
 from backend.quantize.report import LayerReport, QuantizationReport
@@ -109,6 +110,7 @@ def quantize(
             checkpoint.save(index + 1, report.layers, report.kept, [writer.commit() for writer in writers])
             for writer in writers:
                 writer.seal()
+        release_memory()
     stream.activations.close()
     return report
 

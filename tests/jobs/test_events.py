@@ -1,6 +1,7 @@
 """Event and log files are read by cursor, whole lines only."""
 
-from backend.jobs.events import read_events, read_lines
+from backend.jobs.events import end_torn_line, read_events, read_lines
+from backend.jobs.follow import progress_line
 
 
 def test_only_whole_lines_are_read_and_the_cursor_goes_on(tmp_path):
@@ -32,3 +33,29 @@ def test_torn_lines_are_skipped(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text('{"stage": "a"}\n{"stage": \n[1]\n{"stage": "b"}\n')
     assert [e["stage"] for e in read_events(path)[0]] == ["a", "b"]
+
+
+def test_an_event_after_a_torn_line_is_not_lost(tmp_path):
+    path = tmp_path / "events.jsonl"
+    assert end_torn_line(path) == 0
+    path.write_text('{"stage": "a"}\n{"stage": "b')
+    cursor = end_torn_line(path)
+    assert cursor == path.stat().st_size == end_torn_line(path)
+    with open(path, "a") as file:
+        file.write('{"stage": "c"}\n')
+    assert [e["stage"] for e in read_events(path)[0]] == ["a", "c"]
+    assert [e["stage"] for e in read_events(path, cursor)[0]] == ["c"]
+
+
+def test_a_line_of_progress_names_configuration_layer_errors_and_what_was_recovered():
+    event = {
+        "stage": "quantize", "step": 2, "total": 6, "configuration": "gptq-w3-g64", "layer": "model.layers.1",
+        "error": 0.0123, "rtn_error": 0.05, "notes": ["q_proj: damp raised to 0.1"],
+    }  # fmt: skip
+    assert progress_line(event) == (
+        "    quantize  2/6  [gptq-w3-g64]  model.layers.1  error 1.230e-02 (round-to-nearest 5.000e-02)  "
+        "q_proj: damp raised to 0.1"
+    )
+    unknown = {**event, "error": None, "rtn_error": None, "configuration": None, "notes": []}
+    assert progress_line(unknown) == "    quantize  2/6  model.layers.1"
+    assert progress_line({"stage": "error", "message": "x"}) == ""

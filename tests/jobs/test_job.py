@@ -14,13 +14,16 @@ import pytest
 
 from backend.demo import MODEL_DIR
 from backend.errors import ConfigErrors, JobError
+from backend.evaluate.cache import file_digest
 from backend.formats.size import weight_bytes
 from backend.jobs import control
 from backend.jobs.publish import check_manifest
+from backend.jobs.results import results_of
 from backend.jobs.store import JobStore
 from backend.paths import PROJECT, Home
 from tests.conftest import demo_text
 
+ENGINE = "backend.engines.native"
 GUIDE_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -70,6 +73,8 @@ def test_the_result_object_has_every_number(done):
     assert stages <= set(result["timings"])
     assert all(t["wall_s"] >= 0 and t["cpu_s"] >= 0 for t in result["timings"].values())
     assert result["peak_rss_bytes"] > 50e6
+    (only,) = result["results"]
+    assert only["rows"] == result["rows"] and only["artefact"] == result["artefact"] and only["name"] == "awq-w4-g128"
     assert "model.layers.0" in progress
 
 
@@ -187,10 +192,59 @@ def test_killing_the_runner_ends_in_a_clear_state_and_leaves_no_process(home):
 def test_killing_the_stage_names_the_signal(home):
     job = control.submit(home, slow_text("stage"))
     until(home, job.uid, lambda j: j.state == "running" and j.progress.get("stage") in ("calibrate", "quantize"))
-    (engine,) = [p for p in descendants(job.uid) if "backend.engines.native_awq" in p.cmdline()]
+    (engine,) = [p for p in descendants(job.uid) if ENGINE in p.cmdline()]
     engine.send_signal(signal.SIGKILL)
     ended = until(home, job.uid, lambda j: not j.is_active)
     assert ended.state == "failed" and "signal 9" in ended.reason and "memory" in ended.reason
+
+
+def weight_digests(folder):
+    return {p.name: file_digest(p) for p in sorted(Path(folder).glob("*.safetensors"))}
+
+
+TWO_METHODS = {
+    "ALGORITHM": "Native",
+    "llm": {"AutoAWQ": None, "Native": {"METHOD": ["AWQ", "GPTQ"], "W_BIT": 3, "Q_GROUP_SIZE": 64}},
+    "CALIBRATION": {"SAMPLES": 48, "SEQUENCE_LENGTH": 256},
+    "EVALUATION": {"ENABLED": False},
+    "BENCHMARK": {"ENABLED": False},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A job of two configurations that nobody interrupted."""
+    home = Home(tmp_path_factory.mktemp("whole"))
+    job = until(home, control.submit(home, demo_text("whole", **TWO_METHODS)).uid, lambda j: not j.is_active, 400)
+    assert job.state == "succeeded", job.reason
+    return job
+
+
+@pytest.mark.parametrize("victim", [ENGINE, "backend.jobs.runner"])
+def test_a_job_killed_after_its_first_layer_goes_on_and_ends_with_the_very_same_weights(home, whole, victim):
+    job = control.submit(home, demo_text("killed", **TWO_METHODS))
+    deadline = time.monotonic() + 200
+    while not (first := control.layer_errors(home, job.uid)):
+        assert time.monotonic() < deadline and JobStore(home).get(job.uid).is_active
+        time.sleep(0.02)
+    assert len({row["layer"] for row in first}) < 3  # the demo model has three
+    processes = descendants(job.uid)
+    (one,) = [p for p in processes if victim in p.cmdline()]
+    one.kill()
+    psutil.wait_procs(processes if victim != ENGINE else [], timeout=10)
+    if victim != ENGINE:
+        assert control.reconcile(home) == [job.uid]
+    ended = until(home, job.uid, lambda j: not j.is_active)
+    assert ended.state == "failed" and not (home.root / ended.folder).exists()
+    control.resume(home, job.uid)
+    done = until(home, job.uid, lambda j: not j.is_active, 400)
+    assert (done.state, done.attempt) == ("succeeded", 2), done.reason
+    assert "goes on after what engine" in control.log_path(home, job.uid).read_text()
+    made, expected = results_of(done.result), results_of(whole.result)
+    assert [e["name"] for e in made] == [e["name"] for e in expected] and len(made) == 2
+    for here, there in zip(made, expected, strict=True):
+        assert weight_digests(here["artefact"]) == weight_digests(there["artefact"]) != {}
+        assert here["layers"] == there["layers"] and len(here["layers"]) == 3
 
 
 def test_cancel_while_running_and_while_queued(home):

@@ -144,3 +144,34 @@ def test_a_file_that_is_no_database_is_named_and_kept(home):
     with pytest.raises(JobError, match="jobs.db"):
         JobStore(home)
     assert home.jobs_db.read_text().startswith("not a database")
+
+
+def test_a_failed_job_is_queued_again_with_the_next_attempt(home):
+    store = JobStore(home)
+    job = make(store)
+    assert not store.resume(job.uid, actor="user", attempt=1)  # it is queued
+    store.claim(job.uid, 1)
+    assert not store.resume(job.uid, actor="user", attempt=1)  # it is running
+    store.update(job.uid, 1, artefact="/made", progress={"stage": "quantize"})
+    store.move(job.uid, "failed", actor="runner", attempt=1, reason="no luck")
+    assert not store.resume(job.uid, actor="user", attempt=0)
+    assert store.resume(job.uid, actor="user", attempt=1)
+    again = store.get(job.uid)
+    assert (again.state, again.attempt, again.reason, again.progress) == ("queued", 2, None, {})
+    assert again.artefact == "/made" and again.started_at is None and again.finished_at is None
+    store.update(job.uid, 1, artefact="/late")  # somebody of the first attempt
+    assert not store.claim(job.uid, 1) and store.claim(job.uid, 2)
+    assert not store.move(job.uid, "succeeded", actor="runner", attempt=1)
+    assert store.get(job.uid).artefact == "/made" and store.move(job.uid, "cancelling", actor="user", attempt=2)
+    assert store.move(job.uid, "cancelled", actor="runner", attempt=2)
+    assert store.resume(job.uid, actor="user", attempt=2)
+    last = store.history(job.uid)[-1]
+    assert (last["from_state"], last["to_state"], last["attempt"]) == ("cancelled", "queued", 3)
+
+
+def test_a_job_cannot_be_queued_without_counting_the_attempt(home):
+    store = JobStore(home)
+    job = make(store)
+    store.move(job.uid, "failed", actor="runner", attempt=1)
+    with pytest.raises(ValueError, match="resume"):
+        store.move(job.uid, "queued", actor="user", attempt=1)

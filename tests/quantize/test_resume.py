@@ -15,7 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ import torch
 from safetensors.torch import save_file
 
 from backend.engines import native
+from backend.errors import CheckpointError
 from backend.event_stream import EventWriter
+from backend.formats.size import MAX_SHARD_BYTES
 from backend.formats.writer import CheckpointWriter
 from backend.quantize.checkpoint import FILE, Checkpoint
 from backend.quantize.recipe import Override, Recipe, Scheme
@@ -35,10 +39,20 @@ ROOT = Path(__file__).parents[2]
 LAYERS = 4
 SHARD_BYTES = 60_000  # several shards per configuration
 OPERATIONS = ("pwrite", "fsync", "replace", "unlink", "truncate", "open")
+STEPS = {  # where a run is killed -> the layer at which the next one begins
+    "commit:after 0": 0, "seal:before 0": 1, "save:before 1": 1, "save:after 1": 2, "commit:after 2": 2,
+    "seal:after 2": 3, "seal:after 3": 4,
+}  # fmt: skip
 CONFIGURATIONS = [
-    (recipe("AWQ", 4), "autoawq-gemm", "float16"),
+    (recipe("AWQ", 4, scale_grid=4, clip=False), "autoawq-gemm", "float16"),
     (
-        Recipe("mixed", Scheme("GPTQ", 3, -1), overrides=(Override("*.2.self_attn.*", None),), keep=("up_proj",)),
+        Recipe(
+            "mixed",
+            Scheme("GPTQ", 3, -1),
+            overrides=(Override("*.2.self_attn.*", None),),
+            keep=("up_proj",),
+            clip=False,
+        ),
         "compressed-tensors",
         None,
     ),
@@ -74,11 +88,11 @@ def results(out: Path) -> dict[str, dict[str, str]]:
     return {folder.name: digest(folder) for folder in sorted(out.iterdir())}
 
 
-def quantize(asked: dict[str, Any]) -> dict[str, Any]:
-    """The engine with small shards, in this process."""
-    CheckpointWriter.__init__.__kwdefaults__["max_shard_bytes"] = SHARD_BYTES
-    torch.set_num_threads(1)
-    with open(os.devnull, "w") as sink:
+def quantize(asked: dict[str, Any], shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
+    """The engine in this process."""
+    defaults: Any = CheckpointWriter.__init__.__kwdefaults__
+    with pytest.MonkeyPatch.context() as patch, open(os.devnull, "w") as sink:
+        patch.setitem(defaults, "max_shard_bytes", shard_bytes)
         return native.quantize(asked, EventWriter(sink))
 
 
@@ -149,9 +163,10 @@ def in_child(work: Path, before: Callable[[], Any] = lambda: None, kill_after: f
 
 def main() -> None:
     """Kill at many points and report what went on differently."""
+    torch.set_num_threads(1)
     work, points, trials = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     began = time.monotonic()
-    assert in_child(work, lambda: kill_at_operation(0)) == 0
+    assert in_child(work, partial(kill_at_operation, 0)) == 0
     seconds = time.monotonic() - began
     operations = json.loads((work / "answer.json").read_text())[1]
     reference = results(work / "out")
@@ -167,19 +182,17 @@ def main() -> None:
         if results(work / "out") != reference:
             different.append(case)
 
-    for layer in range(LAYERS):
-        for method in ("commit:after", "save:before", "save:after", "seal:before", "seal:after"):
-            if method != "commit:after" and (layer + len(method)) % 2:  # half of them do
-                continue
-            fresh()
-            assert in_child(work, lambda m=method, i=layer: kill_in(m, i)) is None
-            finish(f"{method} {layer}")
+    for step in STEPS:
+        method, layer = step.split()
+        fresh()
+        assert in_child(work, partial(kill_in, method, int(layer))) is None
+        finish(step)
     for number in range(points):
         point = 1 + number * (operations - 1) // (points - 1)
         fresh()
-        assert in_child(work, lambda n=point: kill_at_operation(n)) is None
+        assert in_child(work, partial(kill_at_operation, point)) is None
         if number % 3 == 0:  # and again, while it recovers
-            in_child(work, lambda n=1 + point % 17: kill_at_operation(n))
+            in_child(work, partial(kill_at_operation, 1 + point % 17))
         finish(f"operation {point}")
     chance = random.Random(0)
     for trial in range(trials):
@@ -196,41 +209,35 @@ def main() -> None:
 
 def test_killed_anywhere(tmp_path: Path) -> None:
     prepare(tmp_path)
-    command = [sys.executable, "-m", "tests.quantize.test_resume", str(tmp_path), "12", "2"]
+    command = [sys.executable, "-m", "tests.quantize.test_resume", str(tmp_path), "8", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["different"] == []
     assert found["operations"] > 100
-    for layer in range(LAYERS):
-        assert found["resumed"][f"commit:after {layer}"] == layer  # its progress was not saved yet
-        for method in ("save:after", "seal:before", "seal:after"):
-            assert found["resumed"].get(f"{method} {layer}", layer + 1) == layer + 1
-    assert sum(name.startswith("seal:after") for name in found["resumed"]) == 2
+    assert {step: found["resumed"][step] for step in STEPS} == STEPS
     by_operation = [at for name, at in found["resumed"].items() if name.startswith("operation")]
     assert by_operation == sorted(by_operation)
     assert by_operation[0] == 0
     assert by_operation[-1] == LAYERS
 
 
-def start(work: Path, **options: Any) -> subprocess.Popen[str]:
+def start(work: Path) -> subprocess.Popen[str]:
     """The engine as the runner starts it."""
     (work / "request.json").write_text(json.dumps(request(work)))
     command = [sys.executable, "-m", "backend.engines.native", str(work / "request.json"), str(work / "result.json")]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of the program."""
+    """An uninterrupted run with shards of the usual size."""
     work = tmp_path_factory.mktemp("finished")
     prepare(work)
-    process = start(work)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
+    (work / "result.json").write_text(json.dumps(quantize(request(work), MAX_SHARD_BYTES)))
     return work
 
 
@@ -265,21 +272,30 @@ def test_the_program_goes_on_after_sigkill(tmp_path: Path, finished: Path) -> No
     assert steps[0] == result["resumed_at"] + 1
 
 
-@pytest.fixture
-def interrupted(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that stopped after its second layer."""
-    take_over(tmp_path, finished)
-    monkeypatch.setitem(CheckpointWriter.__init__.__kwdefaults__, "max_shard_bytes", SHARD_BYTES)
+class Stop(BaseException):
+    """As sudden as a kill."""
+
+
+def stop_at(asked: dict[str, Any], layer: int, *, saved: bool) -> None:
+    """Quantize until the progress of `layer` layers has been, or is about to be, recorded."""
     save = Checkpoint.save
 
-    def stop(self: Checkpoint, layer: int, *rest: Any) -> None:
-        save(self, layer, *rest)
-        if layer == 2:
-            raise KeyboardInterrupt
+    def stop(self: Checkpoint, done: int, *rest: Any) -> None:
+        if done < layer or saved:
+            save(self, done, *rest)
+        if done == layer:
+            raise Stop
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Checkpoint, "save", stop)
-        quantize(request(tmp_path))
+        quantize(asked)
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, finished: Path) -> Path:
+    """A run that stopped after its second layer."""
+    take_over(tmp_path, finished)
+    stop_at(request(tmp_path), 2, saved=True)
     assert json.loads((tmp_path / "checkpoint" / FILE).read_text())["layer"] == 2
     return tmp_path
 
@@ -322,6 +338,27 @@ def test_a_run_that_started_over_can_be_resumed_too(interrupted: Path, length: i
     assert quantize(request(interrupted))["resumed_at"] == LAYERS
 
 
+def test_back_to_the_first_recipe(tmp_path: Path, finished: Path) -> None:
+    """Another recipe or other tokens left files of the same sizes, and died before it could record its progress."""
+    take_over(tmp_path, finished)
+    clean = tmp_path / "clean"
+    quantize({**request(tmp_path), "out_dir": str(clean), "checkpoint_dir": None})
+    for what in ("recipe", "tokens"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
+        prepare(tmp_path)
+        stop_at(request(tmp_path), 1, saved=True)
+        other = request(tmp_path)
+        if what == "recipe":
+            other["configurations"][1]["recipe"]["damp"] = 0.5
+        else:
+            prepare(tmp_path, seed=2)
+        stop_at(other, 1, saved=False)
+        prepare(tmp_path)
+        quantize(request(tmp_path))
+        assert results(tmp_path / "out") == results(clean), what
+
+
 @pytest.mark.parametrize("what", ["progress", "activations", "no activations", "out"])
 def test_lost_or_broken_progress_starts_over(interrupted: Path, finished: Path, what: str) -> None:
     folder = interrupted / "checkpoint"
@@ -339,49 +376,56 @@ def test_lost_or_broken_progress_starts_over(interrupted: Path, finished: Path, 
     assert results(clean) == results(interrupted / "out")
 
 
+@contextmanager
+def file_size_limit(nbytes: int) -> Iterator[None]:
+    """Writing beyond this fails as it does on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
 def test_a_full_disk(tmp_path: Path, finished: Path) -> None:
-    """A limit on the size of files stands for the disk: the first shard of the second configuration hits it."""
     take_over(tmp_path, finished)
     largest = max(p.stat().st_size for p in (finished / "out").rglob("model.safetensors"))
-
-    def limit() -> None:
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest * 2 // 3, hard))
-
-    process = start(tmp_path, preexec_fn=limit)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode not in (0, None)
-    last = json.loads(out.splitlines()[-1])
-    assert last["stage"] == "error"
-    assert last["kind"] == "CheckpointError"
-    assert "shard-00001" in last["message"]
-    assert "resume" in last["message"]
+    with (
+        file_size_limit(largest * 2 // 3),
+        pytest.raises(CheckpointError, match=r"shard-00001.part.*MiB of its disk are free.*and resume") as caught,
+    ):
+        quantize(request(tmp_path), MAX_SHARD_BYTES)
+    assert isinstance(caught.value.__cause__, OSError)
     assert not list((tmp_path / "out").glob("*/config.json"))
-    process = start(tmp_path)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
-    assert json.loads((tmp_path / "result.json").read_text())["resumed_at"] > 0
+    again = quantize(request(tmp_path), MAX_SHARD_BYTES)
+    assert 0 < again["resumed_at"] < LAYERS
     assert results(tmp_path / "out") == results(finished / "out")
 
 
-@pytest.mark.parametrize("share", [0.3, 0.9])
-def test_no_room_for_progress(tmp_path: Path, finished: Path, share: float) -> None:
-    """The activations are larger than all else here."""
-    take_over(tmp_path, finished)
-    save_file({"tokens": tokens(60, 120)}, tmp_path / "tokens.safetensors")
-    nbytes = 60 * 120 * 64 * 2
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(nbytes * share), old[1]))
-    try:
-        process = start(tmp_path)
-        out, _ = process.communicate(timeout=120)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    last = json.loads(out.splitlines()[-1])
-    assert process.returncode != 0
-    assert last["kind"] == "CheckpointError"
-    assert "activations-1.bin" in last["message"]
-    assert "resume" in last["message"]
+def test_no_room_for_activations(interrupted: Path) -> None:
+    """They are larger than all else here."""
+    save_file({"tokens": tokens(60, 120)}, interrupted / "tokens.safetensors")
+    with (
+        file_size_limit(60 * 120 * 64 * 2 * 9 // 10),
+        pytest.raises(CheckpointError, match=r"activations-1.bin: .* of \d+ bytes of activations; free some space"),
+    ):
+        quantize(request(interrupted))
+
+
+def test_no_room_for_the_record_of_progress(interrupted: Path, finished: Path) -> None:
+    """Its temporary file cannot be written; the record of the layer before stays."""
+    before = (interrupted / "checkpoint" / FILE).read_text()
+
+    def full(self: Checkpoint, *rest: Any) -> None:
+        with file_size_limit(1000):
+            save(self, *rest)
+
+    save = Checkpoint.save
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match=FILE):
+        patch.setattr(Checkpoint, "save", full)
+        quantize(request(interrupted))
+    assert (interrupted / "checkpoint" / FILE).read_text() == before
+    assert quantize(request(interrupted))["resumed_at"] == 2
 
 
 if __name__ == "__main__":

@@ -85,4 +85,4 @@ def linears(folder: Path) -> dict[str, QuantizedWeight]:
 
 def logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
     with torch.no_grad():
-        return load_model(folder, dtype=dtype)(tokens(2, 16, seed=5)).logits
+        return load_model(folder, dtype=dtype)(tokens(20, 24, seed=5)).logits

@@ -140,10 +140,23 @@ def test_demo_job_from_form_to_chat(address, watched):
     page.locator("#start").click()
     expect(page.get_by_text("The job was not started")).to_be_visible(timeout=STEP_MS)
     expect(page.locator("#f-JOB_ID input")).to_have_value("browser job")
+
+    # Another algorithm has other settings; of some several can be chosen, and each result is foretold.
+    fill(page, "JOB_ID", "browser-job")
+    page.locator("#f-ALGORITHM").get_by_text("Native", exact=True).click()
+    expect(page.locator("#algorithm-Native")).to_be_visible(timeout=STEP_MS)
+    expect(page.locator("#algorithm-AutoAWQ")).to_have_count(0)
+    page.locator("#f-llm-Native-W_BIT input").click()
+    page.get_by_role("option", name="3", exact=True).click()
+    expect(page.locator("#yaml")).to_contain_text("W_BIT: [4, 3]", timeout=STEP_MS)
+    expect(page.locator("#review")).to_contain_text("GPTQ 3 bit, groups of 128", timeout=STEP_MS)
+
+    # A file opened in the form brings its own values, and its comments and unknown keys stay.
     page.get_by_text("Open a YAML file").click()
     file = {"name": "mine.yaml", "mimeType": "application/yaml", "buffer": JOB_FILE.encode()}
     page.locator("#yaml-file input[type=file]").set_input_files(file)
     expect(page.get_by_text("mine.yaml is in the form")).to_be_visible(timeout=STEP_MS)
+    expect(page.locator("#algorithm-AutoAWQ")).to_be_visible(timeout=STEP_MS)
     expect(page.locator("#f-BENCHMARK-REPETITIONS input")).to_have_count(0)  # folded away, and yet submitted
     fill(page, "JOB_ID", "browser-job")
     fill(page, "CALIBRATION-SEQUENCE_LENGTH", "128")
@@ -161,7 +174,7 @@ def test_demo_job_from_form_to_chat(address, watched):
     expect(page.locator("#job-head h1")).to_contain_text("browser-job", timeout=STEP_MS)
     expect(page.locator("#job-head")).to_contain_text(re.compile("Succeeded|Failed"), timeout=400_000)
     expect(page.locator("#job-head")).to_contain_text("Succeeded")
-    expect(page.locator("#result-table")).to_contain_text("Perplexity")
+    expect(page.locator("#result .qd-result")).to_contain_text("Perplexity")
     expect(page.locator("#layers .js-plotly-plot .scatterlayer path.js-line")).to_have_count(2)
     expect(page.locator("#log")).to_contain_text("stage")
     expect(page.locator("#artefact")).to_contain_text("model.safetensors")
@@ -204,6 +217,13 @@ def test_demo_job_from_form_to_chat(address, watched):
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#job-head")).to_contain_text("Cancelled", timeout=STEP_MS)
     expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
+
+    # It goes on where it stopped.
+    page.get_by_role("button", name="Resume").click()
+    expect(page.get_by_role("button", name="Resume")).to_have_count(0, timeout=STEP_MS)
+    expect(page.locator("#job-head")).to_contain_text(re.compile("Succeeded|Failed"), timeout=400_000)
+    expect(page.locator("#job-head")).to_contain_text("Succeeded")
+    expect(page.locator(".qd-facts dd", has_text="attempt 2")).to_be_visible()
 
     # The choice of light or dark stays.
     page.get_by_role("button", name="Switch between light and dark").click()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,19 +15,23 @@ from backend.errors import JobError
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.schema import parse_yaml
-from ui.chat_pair import SIDES, ChatPair
+from ui.chat_pair import SIDES, ChatPair, pair_key, quantized_dir
 from ui.draft import TEMPLATE
 
 ASK = [{"role": "user", "content": "Hello!"}]
 SAMPLING = {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "seed": 0}
 
 
-def finished_job(home: Home, model_dir: Path = MODEL_DIR) -> str:
+def finished_job(home: Home, model_dir: Path = MODEL_DIR, *, several: bool = False) -> str:
     """A succeeded job whose artefact is the demo model itself; a loader does not care how a folder came to be."""
     store = JobStore(home)
     job = store.create(TEMPLATE, parse_yaml(TEMPLATE).config, device="cpu")
     store.move(job.uid, "running", actor="test", attempt=1)
-    store.update(job.uid, 1, artefact=str(MODEL_DIR), result={"model_dir": str(model_dir)})
+    result: dict[str, Any] = {"model_dir": str(model_dir), "artefact": str(MODEL_DIR)}
+    if several:
+        folders = {"w4": str(MODEL_DIR), "w3": str(home.root / "gone")}
+        result["results"] = [{"name": n, "label": n, "artefact": f, "rows": []} for n, f in folders.items()]
+    store.update(job.uid, 1, artefact=str(MODEL_DIR), result=result)
     store.move(job.uid, "succeeded", actor="test", attempt=1)
     return job.uid
 
@@ -53,7 +58,7 @@ def test_load_answer_busy_unload(tmp_path):
     before = children()
     try:
         assert list(pair.load(uid)) == ["Loading the baseline model", "Loading the quantized model"]
-        assert pair.uid == uid and len(children() - before) == 2
+        assert pair.key == uid and len(children() - before) == 2
         assert list(pair.load(uid)) == []  # already there
         answer = pair.answer(uid, ASK, ASK, **SAMPLING)
         next(answer)
@@ -64,7 +69,7 @@ def test_load_answer_busy_unload(tmp_path):
         assert all(pair.memory(side) > 0 for side in SIDES)
     finally:
         pair.unload()
-    assert pair.uid == "" and until(lambda: children() <= before)
+    assert pair.key == "" and until(lambda: children() <= before)
     with pytest.raises(JobError, match="not loaded"):
         next(pair.answer(uid, ASK, ASK, **SAMPLING))
 
@@ -79,9 +84,20 @@ def test_an_answer_that_is_left_early_frees_the_pair_and_an_idle_pair_is_closed(
         next(answer)
         answer.close()  # what happens when the tab is closed
         assert until(lambda: children() <= before)
-        assert pair.uid == ""
+        assert pair.key == ""
     finally:
         pair.unload()
+
+
+def test_a_configuration_is_chosen_by_its_name(tmp_path):
+    home = Home.at(tmp_path)
+    job = JobStore(home).get(finished_job(home, several=True))
+    assert pair_key(job, "w4") == f"{job.uid}/w4"
+    assert quantized_dir(job, "w4") == quantized_dir(job) == MODEL_DIR
+    with pytest.raises(JobError, match="no quantized model on disk"):
+        quantized_dir(job, "w3")
+    with pytest.raises(JobError, match="no configuration 'w2' on disk; it has w4, w3"):
+        list(ChatPair(home).load(f"{job.uid}/w2"))
 
 
 def test_what_is_missing_is_named(tmp_path):

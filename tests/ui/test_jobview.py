@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from backend.jobs.store import Job
-from ui import jobview
-from ui.pages.compare import chart_note, delta_table, figure_for, protocols_of, rows_for
+from backend.jobs.store import Job, JobStore
+from backend.schema import parse_yaml
+from ui import jobview, madeview, resultview
+from ui.draft import TEMPLATE
+from ui.pages.chat import models_to_choose
+from ui.pages.compare import Measured, chart_note, delta_table, figure_for, measurements, protocols_of, rows_for
+from ui.pages.job import result_html, size_points
 from ui.pages.jobs import table_html, title_html
 
 EVIL = '<img src=x onerror="alert(1)">'
@@ -14,8 +20,8 @@ EVIL = '<img src=x onerror="alert(1)">'
 
 def row(metric="perplexity", name="Perplexity (wikitext)", unit="", before=7.32, after=7.69, interval=None, **more):
     return {
-        "metric": metric, "name": name, "unit": unit, "protocol": "512-token windows", "baseline": before,
-        "quantized": after, "impact": after - before, "interval": interval, "interval_method": None,
+        "metric": metric, "name": name, "unit": unit, "protocol": "512-token windows", "protocol_id": name,
+        "baseline": before, "quantized": after, "impact": after - before, "interval": interval, "interval_method": None,
         "higher_is_better": False, "cached_at": None, **more,
     }  # fmt: skip
 
@@ -30,14 +36,26 @@ def job(state="running", **more):
     return Job(**{**facts, **more})
 
 
+def entry(name="w4", rows=None, **more):
+    return {
+        "name": name, "label": name.upper(), "artefact": f"/models/{name}", "rows": [row()] if rows is None else rows,
+        "table": "", "layers": [], "skipped": {}, "notes": [], "manifest": {}, "bytes": 1, "reason": None, **more,
+    }  # fmt: skip
+
+
+def measured(label="a-job", *rows):
+    return Measured(label, label, label, list(rows))
+
+
 @pytest.mark.parametrize(
     ("state", "offered", "missing"),
     [
-        ("queued", {"Open", "Clone", "YAML", "Cancel"}, {"Chat"}),
-        ("running", {"Open", "Clone", "YAML", "Cancel"}, {"Chat"}),
-        ("cancelling", {"Open", "Clone", "YAML"}, {">Cancel<"}),
-        ("succeeded", {"Open", "Clone", "YAML"}, {">Cancel<"}),
-        ("failed", {"Open", "Clone", "YAML"}, {">Cancel<", "Chat"}),
+        ("queued", {"Open", "Clone", "YAML", "Cancel"}, {"Chat", "Resume"}),
+        ("running", {"Open", "Clone", "YAML", "Cancel"}, {"Chat", "Resume"}),
+        ("cancelling", {"Open", "Clone", "YAML"}, {">Cancel<", "Resume"}),
+        ("succeeded", {"Open", "Clone", "YAML"}, {">Cancel<", "Resume"}),
+        ("failed", {"Open", "Clone", "YAML", "Resume"}, {">Cancel<", "Chat"}),
+        ("cancelled", {"Open", "Clone", "YAML", "Resume"}, {">Cancel<", "Chat"}),
     ],
 )
 def test_only_what_makes_sense_is_offered(state, offered, missing):
@@ -55,25 +73,32 @@ def test_a_job_that_succeeded_leads_to_chat_and_compare():
 def test_nothing_of_a_job_becomes_html(state):
     bad = job(
         state, job_id=EVIL, model=EVIL, algorithm=EVIL, reason=EVIL, artefact=EVIL,
-        progress={"stage": "quantize", "step": 1, "total": 2, "message": EVIL},
+        progress={"stage": "quantize", "step": 1, "total": 2, "message": EVIL, "configuration": EVIL},
         result={"rows": [row(name=EVIL, protocol=EVIL)], "device": EVIL, "timings": {}},
     )  # fmt: skip
+    evil = [
+        entry(
+            EVIL, [row(name=EVIL, protocol=EVIL), row("size", name=EVIL, unit="MB")], label=EVIL, artefact=EVIL,
+            skipped={EVIL: EVIL}, notes=[EVIL], layers=[{"layer": EVIL, "notes": [EVIL]}], reason=EVIL,
+        )
+    ] * 2  # fmt: skip
     pages = (
-        table_html([bad]), title_html([bad]), jobview.overview(bad), jobview.stage_list(bad), delta_table([bad]),
-        jobview.result_table(bad), jobview.artefact(bad, [(EVIL, 1)]), jobview.actions(bad, here=True),
-        chart_note([(EVIL, row(name=EVIL))], 1, False),
+        table_html([bad]), title_html([bad]), jobview.overview(bad), jobview.stage_list(bad), result_html(bad),
+        delta_table([measured(EVIL, row(name=EVIL, protocol=EVIL))]), jobview.actions(bad, here=True),
+        madeview.made(EVIL, evil), madeview.notes(evil), chart_note([(EVIL, row(name=EVIL))], 1, False),
+        result_html(job(state, model=EVIL, result={"results": evil})),
     )  # fmt: skip
     assert not any("<img" in html for html in pages)
 
 
 def test_numbers_keep_their_unit_and_sign():
-    assert jobview.impact_text(row()) == "+0.37"
+    assert resultview.impact_text(row()) == "+0.37"
     accuracy = row("accuracy", "arc", "%", 60.66, 59.73, [-2.0, 0.1], higher_is_better=True)
-    assert jobview.value_text(accuracy, 60.66) == "60.66 %"
-    assert jobview.impact_text(accuracy) == "-0.93 points"
-    assert jobview.interval_text(accuracy) == "-2.00 to +0.10, within noise"
-    assert jobview.impact_class(accuracy) == "qd-delta-none"
-    assert jobview.impact_class(row(interval=[0.1, 0.6])) == "qd-delta-bad"
+    assert resultview.value_text(accuracy, 60.66) == "60.66 %"
+    assert resultview.impact_text(accuracy) == "-0.93 points"
+    assert resultview.interval_text(accuracy) == "-2.00 to +0.10, within noise"
+    assert resultview.impact_class(accuracy) == "qd-delta-none"
+    assert resultview.impact_class(row(interval=[0.1, 0.6])) == "qd-delta-bad"
 
 
 def test_progress_names_the_layer_and_the_time_left():
@@ -91,11 +116,11 @@ def test_a_failure_tells_its_reason_and_what_was_kept():
 
 def test_protocols_are_never_mixed_in_a_chart():
     other = row(protocol="all tokens scored", before=6.14)
-    jobs = [job("succeeded", job_id="b", result={"rows": [other]}), job("succeeded", result={"rows": [row(), other]})]
-    assert len(protocols_of(jobs, "perplexity")) == 2
-    first = protocols_of(jobs, "perplexity")[0]
+    chosen = [measured("a-job", row(), other), measured("b", other)]
+    assert len(protocols_of(chosen, "perplexity")) == 2
+    first = protocols_of(chosen, "perplexity")[0]
     assert "all tokens scored" in first  # the one that more jobs share
-    assert [label for label, _ in rows_for(jobs, "perplexity", first)] == ["a-job", "b"]
+    assert [label for label, _ in rows_for(chosen, "perplexity", first)] == ["a-job", "b"]
 
 
 def test_sizes_of_different_units_share_one_axis():
@@ -110,3 +135,70 @@ def test_error_bars_are_the_interval_of_the_difference():
     bars = figure.data[1].error_y
     assert figure.data[0].error_y.array is None
     assert (bars.array[0], bars.arrayminus[0]) == pytest.approx((0.13, 0.17))
+
+
+def several(**more):
+    entries = [
+        entry("w4", [row(after=7.5, interval=[0.1, 0.3]), row("size", "Size", "MB", 12.0, 5.0)]),
+        entry("w3", [row(after=8.5), row("size", "Size", "MB", 12.0, 4.0)]),
+        entry("w2", [], reason="out of luck"),
+    ]
+    return job("succeeded", **{"result": {"results": entries, "rows": entries[0]["rows"], "artefact": "/x"}, **more})
+
+
+def test_several_configurations_share_a_table_with_the_baseline_first():
+    html = result_html(several())
+    body = html.split("<tbody>")[1].split("</tbody>")[0]
+    assert [line.split("</strong>")[0] for line in body.split("<strong>")[1:]] == ["Baseline, 16 bit", "W4", "W3", "W2"]
+    assert 'qd-delta-bad">+0.18' in body and "-58 %" in body and "out of luck" in body
+    assert html.count("<details>") == 2  # the one that was not measured has no numbers of its own
+
+
+def test_one_configuration_keeps_the_guides_table():
+    html = result_html(job("succeeded", result={"results": [entry()], "rows": [row()]}))
+    assert "<details>" not in html and "<th>Model</th><th>Task</th>" in html
+    assert result_html(job("succeeded", result={"rows": [row()]})) == html  # a job of the first version
+
+
+def test_the_list_tells_the_range_of_several_configurations():
+    assert jobview.headline(several()) == "3 configurations, perplexity +0.18 to +1.18, 33.3 to 41.7 % of the size"
+
+
+def test_size_against_perplexity_needs_two_points():
+    heading, baseline, points = size_points(several().result["results"])
+    assert (heading, baseline) == ("Perplexity (wikitext)", (12.0, 7.32))
+    assert points == [("w4", 5.0, 7.5), ("w3", 4.0, 8.5)]
+    assert size_points([entry()]) is None
+
+
+def test_notes_group_what_is_the_same():
+    kept = {f"model.layers.{i}.mlp.down_proj": "group size 128 does not divide its 96 inputs" for i in range(9)}
+    singular = {"layer": "model.layers.3", "notes": ["q_proj: H was singular, damp raised to 0.1"]}
+    html = madeview.notes(
+        [entry(skipped=kept, layers=[singular], notes=["slow", f"{singular['layer']}: {singular['notes'][0]}"])]
+    )
+    assert html.count("<li>") == 3 and "and 3 more" in html
+    assert "damp raised to 0.1 (<code>model.layers.3</code>)" in html
+    assert madeview.notes([entry()]) == ""
+
+
+def test_every_configuration_can_be_compared_and_chatted_with(home):
+    store = JobStore(home)
+    made = store.create(TEMPLATE, parse_yaml(TEMPLATE).config, device="cpu")
+    store.claim(made.uid, 1)
+    store.update(made.uid, 1, result=several().result)
+    store.move(made.uid, "succeeded", actor="test", attempt=1)
+    assert [one.label for one in measurements(home)] == ["my-first-job / w4", "my-first-job / w3"]
+    keys = [key for _, key in models_to_choose(store.jobs())]
+    assert keys == [f"{made.uid}/{name}" for name in ("w4", "w3", "w2")]
+
+
+def test_files_and_serving_depend_on_the_bits(tmp_path):
+    folder = tmp_path / "w3"
+    folder.mkdir()
+    config = {"quantization_config": {"config_groups": {"group_0": {"weights": {"num_bits": 3}}}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    html = madeview.made("0123", [entry("w3", artefact=str(folder))])
+    assert "/download/0123/w3/config.json" in html and "vllm serve" not in html and "these have 3" in html
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"bits": 4}}))
+    assert "vllm serve" in madeview.made("0123", [entry("w3", artefact=str(folder))])

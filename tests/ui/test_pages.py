@@ -17,7 +17,8 @@ from ui.fields import elem_id
 from ui.site import build_site
 
 ROOT = Path(__file__).parents[2]
-KINDS = {"bool": gr.Checkbox, "choice": gr.Radio, "int_choice": gr.Radio, "int": gr.Number, "float": gr.Number}
+CHOICE = (gr.Radio, gr.Dropdown)
+KINDS = {"bool": gr.Checkbox, "choice": CHOICE, "int_choice": CHOICE, "int": gr.Number, "float": gr.Number}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,24 @@ def test_every_setting_has_a_control_with_help_and_unit(site):
         assert isinstance(control, KINDS.get(field.spec.type, (gr.Textbox, gr.Dropdown, gr.CheckboxGroup))), field.key
 
 
+def test_settings_with_several_values_let_one_choose_several(site):
+    controls = {block.elem_id: block for block in site.blocks.values()}
+    several = [f for f in FIELDS if f.spec.several]
+    assert {f.key for f in several} >= {"llm.AutoAWQ.W_BIT", "llm.Native.METHOD"}
+    for field in FIELDS:
+        assert bool(getattr(controls[elem_id(field)], "multiselect", False)) == field.spec.several, field.key
+
+
+def test_only_the_chosen_algorithms_settings_are_shown(site):
+    shown = {b.elem_id: b.visible for b in site.blocks.values() if str(b.elem_id).startswith("algorithm-")}
+    assert shown == {"algorithm-AutoAWQ": True, "algorithm-Native": False, "algorithm-LLMCompressor": False}
+
+
 def test_bounds_are_told(site):
     shown = next(b for b in site.blocks.values() if b.elem_id == "f-CALIBRATION-SEQUENCE_LENGTH")
     assert "16 to 131,072" in shown.info
+    shown = next(b for b in site.blocks.values() if b.elem_id == "f-llm-LLMCompressor-SPARSITY")
+    assert "0.05 to 0.95" in shown.info
 
 
 def test_no_listener_is_a_public_endpoint(site):

@@ -88,6 +88,24 @@ def test_the_yaml_of_a_job_is_downloaded_as_submitted(client, home):
     assert client.get("/download/nothing.yaml").status_code == 404
 
 
+def test_files_of_a_model_are_downloaded_by_name_and_nothing_else(client, home):
+    text = TEMPLATE.replace("my-first-job", "two-models")
+    store = JobStore(home)
+    job = store.create(text, parse_yaml(text).config, device="cuda:7")
+    folder = home.root / job.folder / "w4"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "private.txt").write_bytes(b"not listed")
+    entry = {"name": "w4", "artefact": str(folder), "manifest": {"files": {"model.safetensors": {}, "gone.json": {}}}}
+    store.claim(job.uid, 1)
+    store.update(job.uid, 1, result={"results": [entry]})
+    answer = client.get(f"/download/{job.uid}/w4/model.safetensors")
+    assert answer.content == b"weights"
+    assert answer.headers["content-disposition"] == 'attachment; filename="model.safetensors"'
+    for path in ("w4/private.txt", "w4/gone.json", "w3/model.safetensors", "w4/..%2Fw4%2Fmodel.safetensors"):
+        assert client.get(f"/download/{job.uid}/{path}").status_code == 404, path
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", ""])
 def test_other_machines_are_not_let_in(host):
     with pytest.raises(ConfigError, match="no accounts"):

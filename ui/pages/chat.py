@@ -1,19 +1,20 @@
-"""Chat, `/chat?job=UID`: one message, two answers, from the baseline and from the quantized model.
+"""Chat, `/chat?job=UID&configuration=NAME`: one message, two answers, from the baseline and from a quantized model.
 
 Both answers come from one generator: the browser would serve two listeners of one click one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
 
 from backend.errors import QuantdeckError
-from backend.jobs.store import JobStore
+from backend.jobs.results import full_name, results_of
+from backend.jobs.store import Job, JobStore
 from backend.paths import Home
-from ui.chat_pair import SIDES, ChatPair
+from ui.chat_pair import SIDES, ChatPair, pair_key
 from ui.format import ago, significant, size
 from ui.layout import empty, esc, link, notice, page, title
 
@@ -31,7 +32,7 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
         nothing = gr.HTML(visible=False, elem_id="chat-empty")
         with gr.Column(visible=False) as body:
             with gr.Row(elem_classes=["qd-toolbar"]):
-                chosen = gr.Dropdown(label="Job", elem_id="chat-job", scale=5, min_width=320)
+                chosen = gr.Dropdown(label="Quantized model", elem_id="chat-job", scale=5, min_width=320)
                 load = gr.Button("Load both models", variant="primary", elem_id="chat-load", min_width=170)
                 unload = gr.Button("Unload", elem_id="chat-unload", interactive=False, min_width=100)
             said = gr.HTML(elem_id="chat-said")
@@ -68,17 +69,18 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     def on_load(request: gr.Request) -> list[Any]:
-        jobs = [job for job in JobStore(home).jobs(states=("succeeded",)) if job.artefact]
-        if not jobs:
+        choices = models_to_choose(JobStore(home).jobs(states=("succeeded", "failed")))
+        if not choices:
             text = "Chat needs a job that has finished: it talks to the model before and after, side by side."
             return [
                 gr.HTML(empty("No quantized model yet", text, link("New job", "/new", "primary")), visible=True),
                 *[gr.skip()] * 5,
             ]
-        known = {job.uid for job in jobs}
-        asked = next((u for u in (request.query_params.get("job"), pair.uid) if u in known), jobs[0].uid)
-        choices = [(f"{job.job_id}, {job.model}, {ago(job.created_at)}", job.uid) for job in jobs]
-        loaded = pair.uid == asked
+        known = [key for _, key in choices]
+        job, name = (request.query_params.get(part) or "" for part in ("job", "configuration"))
+        wanted = (f"{job}/{name}", job, next((key for key in known if job and key.startswith(f"{job}/")), ""), pair.key)
+        asked = next((key for key in wanted if key in known), known[0])
+        loaded = pair.key == asked
         return [
             gr.HTML(visible=False), gr.Column(visible=True), gr.Dropdown(choices=choices, value=asked),
             gr.Button(interactive=loaded), *(head_html(side, _facts(pair, side) if loaded else "") for side in SIDES),
@@ -87,17 +89,17 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
     def on_choose() -> list[Any]:
         return [[], *([] for _ in SIDES), *(head_html(side) for side in SIDES), ""]
 
-    def loading(uid: str | None) -> Iterator[tuple[str, list[str]]]:
+    def loading(key: str | None) -> Iterator[tuple[str, list[str]]]:
         """Loads the pair; yields what to say and the heads of both panes."""
-        if not uid:
-            raise QuantdeckError("Choose a job first.")
-        for words in pair.load(uid):
+        if not key:
+            raise QuantdeckError("Choose a model first.")
+        for words in pair.load(key):
             yield notice("info", words), [head_html(side) for side in SIDES]
         yield "", [head_html(side, _facts(pair, side)) for side in SIDES]
 
-    def on_load_models(uid: str | None) -> Iterator[list[Any]]:
+    def on_load_models(key: str | None) -> Iterator[list[Any]]:
         try:
-            for words, panes in loading(uid):
+            for words, panes in loading(key):
                 yield [words, *panes, gr.Button(interactive=False), gr.skip()]
             yield [
                 notice("good", "Both models are loaded"),
@@ -112,7 +114,7 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
                 gr.skip(),
                 gr.skip(),
                 gr.Button(interactive=True),
-                gr.Button(interactive=bool(pair.uid)),
+                gr.Button(interactive=bool(pair.key)),
             ]
 
     def on_unload() -> list[Any]:
@@ -123,27 +125,27 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
             gr.Button(interactive=False),
         ]
 
-    def on_send(uid: str | None, text: str, turns: list[dict[str, str]], *sampling: Any) -> Iterator[list[Any]]:
+    def on_send(key: str | None, text: str, turns: list[dict[str, str]], *sampling: Any) -> Iterator[list[Any]]:
         """Yields: history, said, heads, panes, message, send, stop, unload."""
         text = (text or "").strip()
-        idle = [gr.Button(interactive=True), gr.Button(interactive=False), gr.Button(interactive=bool(pair.uid))]
+        idle = [gr.Button(interactive=True), gr.Button(interactive=False), gr.Button(interactive=bool(pair.key))]
         busy = [gr.Button(interactive=False), gr.Button(interactive=True), gr.Button(interactive=True)]
         if not text:
             yield [turns, notice("info", "Write a message first"), *[gr.skip()] * 5, *idle]
             return
         turn = {"user": text}
         try:
-            for words, panes in loading(uid):
+            for words, panes in loading(key):
                 yield [turns, words, *panes, *(_shown([*turns, turn], side) for side in SIDES), "", *busy]
             keys = ("max_new_tokens", "temperature", "top_p", "seed")
             options = dict(zip(keys, (int(sampling[0]), *sampling[1:3], int(sampling[3] or 0)), strict=True))
             states: tuple[Any, ...] = ({}, {})
-            for states in pair.answer(str(uid), *(_messages(turns, text, side) for side in SIDES), **options):
+            for states in pair.answer(str(key), *(_messages(turns, text, side) for side in SIDES), **options):
                 turn = {"user": text, **{side: state["text"] for side, state in zip(SIDES, states, strict=True)}}
                 panes = [head_html(side, _facts(pair, side, state)) for side, state in zip(SIDES, states, strict=True)]
                 yield [turns, "", *panes, *(_shown([*turns, turn], side) for side in SIDES), gr.skip(), *busy]
         except QuantdeckError as error:
-            idle[2] = gr.Button(interactive=bool(pair.uid))
+            idle[2] = gr.Button(interactive=bool(pair.key))
             yield [
                 turns,
                 notice("error", "No answer", error.message),
@@ -154,7 +156,7 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
                 *idle,
             ]
             return
-        idle[2] = gr.Button(interactive=bool(pair.uid))
+        idle[2] = gr.Button(interactive=bool(pair.key))
         memory = {side: pair.memory(side) for side in SIDES}
         panes = [head_html(s, _facts(pair, s, state, memory[s])) for s, state in zip(SIDES, states, strict=True)]
         turns = [*turns, turn]
@@ -180,6 +182,17 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
     message.submit(**sending)
     stop.click(on_stop, None, None, queue=False, **quiet)
     clear.click(on_choose, None, [history, *both_bots, *both_heads, said], **quiet)
+
+
+def models_to_choose(jobs: Sequence[Job]) -> list[tuple[str, str]]:
+    """The quantized models of some jobs as lines of the list, and what `ChatPair.load` takes."""
+    choices = []
+    for job in jobs:
+        for entry in results_of(job.result):
+            if entry.get("artefact"):
+                shown = f"{full_name(job, entry)}, {job.model}, {ago(job.created_at)}"
+                choices.append((shown, pair_key(job, entry["name"])))
+    return choices
 
 
 def head_html(side: str, facts: str = "not loaded") -> str:

@@ -1,27 +1,48 @@
 """Compare, `/compare?jobs=UID,UID`: baseline against quantized, job beside job, four charts and a table.
 
-A chart shows numbers of one protocol only. Where the chosen jobs were measured by several, one is picked in a
-list above the charts, and the jobs that lack it are left out and named.
+A job of several configurations can be chosen as a whole (by its address) or by configuration (in the list).
+A chart shows numbers of one protocol only. Where what was chosen was measured by several, one is picked in a list
+above the charts, and whoever lacks it is left out and named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from backend.jobs.store import Job, JobStore
+from backend.jobs.results import full_name, measured
+from backend.jobs.store import JobStore
 from backend.paths import Home
 from ui.charts import comparison
+from ui.chat_pair import pair_key
 from ui.format import ago
-from ui.jobview import metric_words, number_cells, rows_of
 from ui.layout import card, empty, esc, link, page, title
+from ui.resultview import metric_words, number_cells
 
 CHARTS = (("perplexity", "Perplexity"), ("accuracy", "Accuracy"), ("size", "Model size"), ("tokens/s", "Throughput"))
 BYTE_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1.0}
 
 Labelled = list[tuple[str, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One configuration of a finished job.
+
+    Attributes:
+        key: Job and configuration, as in the list.
+        label: For people.
+        choice: The list's line.
+        rows: Its comparison rows.
+    """
+
+    key: str
+    label: str
+    choice: str
+    rows: list[Mapping[str, Any]]
 
 
 def build(demo: gr.Blocks, home: Home) -> None:
@@ -31,7 +52,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         nothing = gr.HTML(visible=False, elem_id="compare-empty")
         chosen = gr.Dropdown(
             label="Jobs",
-            info="Jobs that finished with measurements.",
+            info="Jobs that have measurements; a job of several configurations has a line for each.",
             multiselect=True,
             elem_id="compare-jobs",
             visible=False,
@@ -55,41 +76,41 @@ def build(demo: gr.Blocks, home: Home) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     metrics = [metric for metric, _ in CHARTS]
 
-    def finished() -> list[Job]:
-        return [job for job in JobStore(home).jobs(states=("succeeded",)) if rows_of(job)]
-
-    def pick(uids: list[str]) -> list[Job]:
-        return [job for job in finished() if job.uid in uids]
+    def pick(keys: list[str] | None) -> list[Measured]:
+        chosen = [one for one in measurements(home) if one.key in (keys or [])]
+        return sorted(chosen, key=lambda one: one.key.partition("/")[0])  # oldest job first
 
     def on_load(request: gr.Request) -> list[Any]:
-        jobs = finished()
-        if not jobs:
+        found = measurements(home)
+        if not found:
             text = "As soon as a job has finished with measurements, its numbers are drawn here beside its baseline's."
             return [
                 gr.HTML(empty("Nothing to compare yet", text, link("New job", "/new", "primary")), visible=True),
                 gr.skip(),
             ]
-        asked = [uid for uid in request.query_params.get("jobs", "").split(",") if uid in {job.uid for job in jobs}]
-        choices = [(f"{job.job_id}, {job.model}, {ago(job.created_at)}", job.uid) for job in jobs]
-        return [gr.HTML(visible=False), gr.Dropdown(choices=choices, value=asked or [jobs[0].uid], visible=True)]
+        asked = request.query_params.get("jobs", "").split(",")
+        chosen = [one.key for one in found if one.key in asked or one.key.partition("/")[0] in asked]
+        newest = [one.key for one in found if one.key.partition("/")[0] == found[0].key.partition("/")[0]]
+        choices = [(one.choice, one.key) for one in found]
+        return [gr.HTML(visible=False), gr.Dropdown(choices=choices, value=chosen or newest, visible=True)]
 
-    def on_jobs(uids: list[str] | None) -> list[Any]:
-        jobs = pick(uids or [])
+    def on_jobs(keys: list[str] | None) -> list[Any]:
+        chosen = pick(keys)
         lists, drawings = [], []
         for metric in metrics:
-            protocols = protocols_of(jobs, metric)
+            protocols = protocols_of(chosen, metric)
             first = protocols[0] if protocols else None
             lists.append(gr.Dropdown(choices=protocols, value=first, visible=len(protocols) > 1))
-            drawings += draw(uids, metric, first)
-        return [*lists, *drawings, delta_table(jobs)]
+            drawings += draw(keys, metric, first)
+        return [*lists, *drawings, delta_table(chosen)]
 
-    def draw(uids: list[str] | None, metric: str, protocol: str | None) -> list[Any]:
-        jobs = pick(uids or [])
-        rows = rows_for(jobs, metric, protocol)
+    def draw(keys: list[str] | None, metric: str, protocol: str | None) -> list[Any]:
+        chosen = pick(keys)
+        rows = rows_for(chosen, metric, protocol)
         if not rows:
-            said = card(f'<p class="qd-muted">No chosen job has measured {esc(metric)}.</p>') if jobs else ""
+            said = card(f'<p class="qd-muted">No chosen job has measured {esc(metric)}.</p>') if chosen else ""
             return [gr.Plot(visible=False), gr.HTML(said, visible=bool(said))]
-        note = chart_note(rows, missing=len(jobs) - len(rows), several=len(protocols_of(jobs, metric)) > 1)
+        note = chart_note(rows, missing=len(chosen) - len(rows), several=len(protocols_of(chosen, metric)) > 1)
         return [gr.Plot(figure_for(metric, rows), visible=True), gr.HTML(note, visible=bool(note))]
 
     drawn = [part for metric in metrics for part in (plots[metric], notes[metric])]
@@ -99,10 +120,21 @@ def build(demo: gr.Blocks, home: Home) -> None:
     for metric in metrics:
         picker = pickers[metric]
 
-        def redraw(uids: list[str] | None, protocol: str | None, metric: str = metric) -> list[Any]:
-            return draw(uids, metric, protocol)
+        def redraw(keys: list[str] | None, protocol: str | None, metric: str = metric) -> list[Any]:
+            return draw(keys, metric, protocol)
 
         picker.input(redraw, [chosen, picker], [plots[metric], notes[metric]], **quiet)
+
+
+def measurements(home: Home) -> list[Measured]:
+    """Everything that can be compared: newest job first, a job's configurations in their order."""
+    found = []
+    for job in JobStore(home).jobs(states=("succeeded", "failed")):
+        for entry in measured(job.result):
+            label = full_name(job, entry)
+            choice = f"{label}, {job.model}, {ago(job.created_at)}"
+            found.append(Measured(pair_key(job, entry["name"]), label, choice, entry["rows"]))
+    return found
 
 
 def protocol_of(row: Mapping[str, Any]) -> str:
@@ -110,22 +142,22 @@ def protocol_of(row: Mapping[str, Any]) -> str:
     return f"{row['name']} · {row['protocol']}"
 
 
-def protocols_of(jobs: Sequence[Job], metric: str) -> list[str]:
-    """The protocols in which the jobs measured a metric; those that most jobs share first, decode before prefill."""
+def protocols_of(chosen: Sequence[Measured], metric: str) -> list[str]:
+    """The protocols in which the chosen ones measured a metric; the most shared first, decode before prefill."""
     found: dict[str, int] = {}
-    for job in jobs:
-        for row in rows_of(job):
+    for one in chosen:
+        for row in one.rows:
             if row["metric"] == metric:
                 found[protocol_of(row)] = found.get(protocol_of(row), 0) + 1
     return sorted(found, key=lambda name: (-found[name], "prefill" in name.lower()))
 
 
-def rows_for(jobs: Sequence[Job], metric: str, protocol: str | None) -> Labelled:
-    """Each job's row of one metric and protocol, oldest job first; jobs without it are left out."""
+def rows_for(chosen: Sequence[Measured], metric: str, protocol: str | None) -> Labelled:
+    """Everybody's row of one metric and protocol, in the order of the list; those without it are left out."""
     return [
-        (job.job_id, row)
-        for job in reversed(jobs)
-        for row in rows_of(job)
+        (one.label, row)
+        for one in chosen
+        for row in one.rows
         if row["metric"] == metric and protocol_of(row) == protocol
     ]
 
@@ -159,14 +191,14 @@ def chart_note(rows: Labelled, missing: int, several: bool) -> str:
     return '<p class="qd-muted qd-small" style="margin:0 4px">' + "<br>".join(esc(part) for part in parts) + "</p>"
 
 
-def delta_table(jobs: Sequence[Job]) -> str:
-    """All numbers of the chosen jobs; rows of one metric and protocol stand together."""
-    if not jobs:
+def delta_table(chosen: Sequence[Measured]) -> str:
+    """All numbers of the chosen jobs and configurations; rows of one metric and protocol stand together."""
+    if not chosen:
         return ""
     body = []
-    keys = list(dict.fromkeys((row["metric"], protocol_of(row)) for job in jobs for row in rows_of(job)))
+    keys = list(dict.fromkeys((row["metric"], protocol_of(row)) for one in chosen for row in one.rows))
     for metric, protocol in keys:
-        rows = rows_for(jobs, metric, protocol)
+        rows = rows_for(chosen, metric, protocol)
         first = rows[0][1]
         shared = (
             f'<td rowspan="{len(rows)}" class="qd-nowrap">{esc(metric_words(first))}</td><td rowspan="{len(rows)}">'

@@ -1,22 +1,27 @@
-"""One job, `/job?id=UID`: where it stands, its layers' errors, its log, and what came out.
+"""One job, `/job?id=UID`: where it stands, its layers' errors, its log, and what came out, of every configuration.
 
 Everything shown is read from the store and the job's files, so a reload or another browser shows the same.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
 from backend.errors import JobError, QuantdeckError
+from backend.evaluate.combined import short_name
 from backend.jobs import control
+from backend.jobs.results import measured, results_of
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
-from ui.charts import layer_errors
-from ui.jobview import actions, artefact, badge, overview, result_table, rows_of, stage_list
+from ui.charts import layer_errors, size_against
+from ui.jobview import actions, badge, overview, stage_list
 from ui.layout import ACTION_JS, card, empty, esc, link, notice, page
+from ui.madeview import made, notes
+from ui.pages.jobs import act_on
+from ui.resultview import combined_html, result_table
 
 REFRESH_S = 1.0
 LOG_LINES = 400
@@ -28,7 +33,7 @@ box.addEventListener('scroll', () => { follow = box.scrollHeight - box.scrollTop
 watch('value', () => { if (follow) box.scrollTop = box.scrollHeight; });
 """
 
-Seen = dict[str, Any]  # what this page has shown: uid, log cursor and lines, number of layers, HTML of each part
+Seen = dict[str, Any]  # what this page has shown: uid, log cursor and lines, rows of the charts, HTML of each part
 
 
 def build(demo: gr.Blocks, home: Home) -> None:
@@ -41,9 +46,11 @@ def build(demo: gr.Blocks, home: Home) -> None:
         with gr.Row(elem_classes=["qd-split"]):
             with gr.Column(scale=2, min_width=320):
                 stages = gr.HTML(elem_id="stages")
+                remarks = gr.HTML(visible=False, elem_id="notes")
             with gr.Column(scale=3, min_width=420):
+                scatter = gr.Plot(show_label=False, elem_id="sizes", elem_classes=["qd-plot"], visible=False)
                 chart = gr.Plot(show_label=False, elem_id="layers", elem_classes=["qd-plot"], visible=False)
-        made = gr.HTML(visible=False, elem_id="artefact")
+        saved = gr.HTML(visible=False, elem_id="artefact")
         gr.HTML('<div class="qd-section"><h2>Log</h2></div>')
         log = gr.HTML(
             '<p class="qd-muted qd-small">Nothing is written yet.</p>',
@@ -53,8 +60,8 @@ def build(demo: gr.Blocks, home: Home) -> None:
         )
     seen = gr.State({})
     timer = gr.Timer(REFRESH_S)
-    parts = {"head": head, "facts": facts, "result": result, "stages": stages, "made": made}
-    outputs = [seen, timer, *parts.values(), chart, log]
+    parts = {"head": head, "facts": facts, "result": result, "stages": stages, "notes": remarks, "made": saved}
+    outputs = [seen, timer, *parts.values(), scatter, chart, log]
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
     def show(now: Seen) -> list[Any]:
@@ -70,7 +77,8 @@ def build(demo: gr.Blocks, home: Home) -> None:
             return [now, gr.Timer(active=False), missing, *[gr.skip() for _ in range(len(outputs) - 3)]]
         now = dict(now)
         updates = [_changed(now, name, html) for name, html in _html_parts(job).items()]
-        return [now, gr.Timer(active=job.is_active), *updates, _chart(home, job, now), _log(home, job, now)]
+        charts = [_scatter(job, now), _chart(home, job, now)]
+        return [now, gr.Timer(active=job.is_active), *updates, *charts, _log(home, job, now)]
 
     def on_load(request: gr.Request) -> list[Any]:
         return show({"uid": request.query_params.get("id", "")})
@@ -78,9 +86,9 @@ def build(demo: gr.Blocks, home: Home) -> None:
     def on_action(now: Seen, event: gr.EventData) -> tuple[Any, Seen]:
         again = {**now, "head": None}  # redraws the buttons
         try:
-            control.cancel(home, str(event.uid))
+            act_on(home, str(event.act), str(event.uid))
         except QuantdeckError as error:
-            return gr.HTML(notice("error", "Nothing was cancelled", error.message), visible=True), again
+            return gr.HTML(notice("error", "Nothing was changed", error.message), visible=True), again
         return gr.HTML(visible=False), again
 
     demo.load(on_load, None, outputs, **quiet)
@@ -89,14 +97,25 @@ def build(demo: gr.Blocks, home: Home) -> None:
 
 
 def _html_parts(job: Job) -> dict[str, str]:
-    made = artefact(job, files_of(Path(job.artefact))) if job.artefact else ""
+    entries = results_of(job.result)
     return {
         "head": head_html(job),
         "facts": overview(job),
-        "result": card(result_table(job), classes="qd-flush") if rows_of(job) else "",
+        "result": result_html(job),
         "stages": card(stage_list(job), "Stages"),
-        "made": made,
+        "notes": notes(entries),
+        "made": made(job.uid, entries),
     }
+
+
+def result_html(job: Job) -> str:
+    """The guide's table of a single configuration, or all configurations in one table; nothing before the end."""
+    entries = results_of(job.result)
+    if not measured(job.result):
+        return ""
+    if len(entries) > 1:
+        return card(combined_html(job.model, entries), classes="qd-flush")
+    return card(result_table(job.model, entries[0]["rows"]), classes="qd-flush")
 
 
 def head_html(job: Job) -> str:
@@ -108,13 +127,6 @@ def head_html(job: Job) -> str:
     )
 
 
-def files_of(folder: Path) -> list[tuple[str, int]]:
-    """Name and bytes of every file of an artefact; empty if it was removed."""
-    if not folder.is_dir():
-        return []
-    return sorted((f.name, f.stat().st_size) for f in folder.iterdir() if f.is_file())
-
-
 def _changed(now: Seen, name: str, html: str) -> Any:
     if now.get(name) == html:
         return gr.skip()
@@ -124,10 +136,39 @@ def _changed(now: Seen, name: str, html: str) -> Any:
 
 def _chart(home: Home, job: Job, now: Seen) -> Any:
     rows = control.layer_errors(home, job.uid)
-    if len(rows) == now.get("layers", 0):
+    if rows == now.get("layers", []):
         return gr.skip()
-    now["layers"] = len(rows)
-    return gr.Plot(layer_errors(rows), visible=True)
+    now["layers"] = rows
+    labels = {entry["name"]: entry["label"] for entry in results_of(job.result)}
+    return gr.Plot(layer_errors(rows, labels), visible=True)
+
+
+def _scatter(job: Job, now: Seen) -> Any:
+    points = size_points(measured(job.result))
+    if points is None or points == now.get("points"):
+        return gr.skip()
+    now["points"] = points
+    return gr.Plot(size_against(*points), visible=True)
+
+
+def size_points(entries: Sequence[Mapping[str, Any]]) -> tuple[str, Any, Any] | None:
+    """What the chart of size against perplexity shows; None if there is nothing to choose between.
+
+    Returns:
+        Name of the perplexity, (MB, perplexity) of the baseline, (label, MB, perplexity) of each configuration.
+    """
+    points, heading, baseline = [], "", None
+    for entry in entries:
+        size = next((row for row in entry["rows"] if row["metric"] == "size"), None)
+        rows = [row for row in entry["rows"] if row["metric"] == "perplexity"]
+        score = next((row for row in rows if not heading or short_name(row) == heading), None)
+        if size is None or score is None:
+            continue
+        heading = heading or short_name(score)
+        scale = {"GB": 1e3, "MB": 1.0, "kB": 1e-3}.get(str(size["unit"]), 1e-6)
+        baseline = baseline or (size["baseline"] * scale, score["baseline"])
+        points.append((str(entry["name"]), size["quantized"] * scale, score["quantized"]))
+    return (heading, baseline, points) if len(points) > 1 else None
 
 
 def _log(home: Home, job: Job, now: Seen) -> Any:

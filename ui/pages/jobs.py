@@ -38,18 +38,30 @@ def build(demo: gr.Blocks, home: Home) -> None:
 
     def on_action(event: gr.EventData) -> tuple[object, str]:
         # An empty `shown` makes the next refresh redraw the table, with its buttons active again.
-        if event.act != "cancel":
-            return gr.skip(), ""
         try:
-            job = control.cancel(home, event.uid)
+            said = act_on(home, str(event.act), str(event.uid))
         except QuantdeckError as error:
-            return gr.HTML(notice("error", "Nothing was cancelled", error.message), visible=True), ""
-        words = "was cancelled" if job.state == "cancelled" else "is being stopped"
-        return gr.HTML(notice("info", f"Job {job.job_id} {words}"), visible=True), ""
+            return gr.HTML(notice("error", "Nothing was changed", error.message), visible=True), ""
+        return gr.HTML(notice("info", said), visible=True) if said else gr.skip(), ""
 
     demo.load(refresh, [shown], [heading, table, shown], **quiet)
     timer.tick(refresh, [shown], [heading, table, shown], **quiet)
     table.click(on_action, None, [said, shown], **quiet).then(refresh, [shown], [heading, table, shown], **quiet)
+
+
+def act_on(home: Home, act: str, uid: str) -> str:
+    """Do what a button of a job's row or page stands for; returns what to say.
+
+    Raises:
+        QuantdeckError: If the job's state does not allow it any more.
+    """
+    if act == "cancel":
+        job = control.cancel(home, uid)
+        return f"Job {job.job_id} " + ("was cancelled" if job.state == "cancelled" else "is being stopped")
+    if act == "resume":
+        job = control.resume(home, uid)
+        return f"Job {job.job_id} goes on where it stopped (attempt {job.attempt})"
+    return ""
 
 
 def title_html(jobs: list[Job]) -> str:

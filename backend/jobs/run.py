@@ -1,0 +1,130 @@
+"""What the stages of one attempt at a job know and make, and what of an earlier attempt can be used again.
+
+A stage's result is a JSON file of the run folder. Beside it lies a `.done` file with the stage's content key (a
+digest of everything that the result depends on) and its cost. A later attempt takes a result over if its file is
+unchanged and the key, computed anew from what is there now, is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backend.engines.configurations import Configuration
+from backend.evaluate.cache import file_digest
+from backend.files import write_json
+from backend.jobs.program import Command
+from backend.jobs.store import Job
+from backend.paths import Home
+from backend.schema import JobConfig
+
+Cost = dict[str, float]
+
+
+@dataclass
+class Run:
+    """One attempt at a job.
+
+    Attributes:
+        configurations: What is to be made, in the order of the YAML; at least one.
+        stage: The present stage, for people.
+        timings: Per stage `wall_s` and `cpu_s`, seconds. Of a stage that is done once per configuration: the sums,
+            and `configurations` with the single ones.
+        peak_rss_bytes: Largest resident memory of any stage's process.
+        failures: Configurations that could not be measured, and why.
+        result: What `Job.result` becomes.
+    """
+
+    home: Home
+    job: Job
+    config: JobConfig
+    run_dir: Path
+    configurations: tuple[Configuration, ...]
+    stage: str = "start"
+    timings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one configuration."""
+        return len(self.configurations) > 1
+
+    @property
+    def staging(self) -> Path:
+        """Where the quantize stage writes, one folder per configuration, before publication."""
+        return self.run_dir / "out.tmp"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where an engine that can go on in the middle keeps what it needs for that."""
+        return self.run_dir / "checkpoint"
+
+    @property
+    def artefact(self) -> Path | None:
+        """Folder of the first published model, once there is one."""
+        return Path(self.result["artefact"]) if "artefact" in self.result else None
+
+    def target(self, configuration: Configuration) -> Path:
+        """Where a configuration's model is published: the job's folder, or one below it if there are several."""
+        folder = self.home.artefact_dir(self.config)
+        return folder / configuration.name if self.several else folder
+
+    def entry(self, configuration: Configuration) -> dict[str, Any]:
+        """The published configuration's part of the result."""
+        return next(entry for entry in self.result["results"] if entry["name"] == configuration.name)
+
+    # -- results of stages, by the name of their file
+
+    def result_file(self, name: str) -> Path:
+        """Where a stage's program leaves its result."""
+        return self.run_dir / "results" / f"{name}.json"
+
+    def stage_result(self, name: str) -> dict[str, Any]:
+        """What a finished stage left."""
+        return json.loads(self.result_file(name).read_text(encoding="utf-8"))
+
+    def program(self, name: str, module: str, request: dict[str, Any]) -> Command:
+        """Write a stage's request and return the command that serves it, with our own Python."""
+        request_file = self.run_dir / "requests" / f"{name}.json"
+        write_json(request_file, request)
+        self.result_file(name).parent.mkdir(parents=True, exist_ok=True)
+        return Command((sys.executable, "-m", module, str(request_file), str(self.result_file(name))))
+
+    def _done_file(self, name: str) -> Path:
+        return self.run_dir / "results" / f"{name}.done"
+
+    def keep(self, name: str, key: str, cost: Cost) -> None:
+        """Mark a stage's result as complete, for later attempts."""
+        done = {"key": key, "result": file_digest(self.result_file(name)), "cost": cost}
+        write_json(self._done_file(name), done)
+
+    def kept(self, name: str, key: str) -> Cost | None:
+        """The cost of an earlier attempt's result if it is unchanged and of the same key, else None."""
+        try:
+            done = json.loads(self._done_file(name).read_text(encoding="utf-8"))
+            intact = done["key"] == key and done["result"] == file_digest(self.result_file(name))
+            return done["cost"] if intact else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # absent or damaged: the stage is done again
+
+    def forget(self, name: str) -> None:
+        """Remove what an earlier attempt left of a stage."""
+        self._done_file(name).unlink(missing_ok=True)
+        self.result_file(name).unlink(missing_ok=True)
+
+    def note_cost(self, stage: str, cost: Cost, configuration: Configuration | None = None) -> None:
+        """Add a stage's cost to the timings."""
+        spent = {"wall_s": cost["wall_s"], "cpu_s": cost["cpu_s"]}
+        self.peak_rss_bytes = max(self.peak_rss_bytes, int(cost.get("peak_rss_bytes", 0)))
+        if configuration is None or not self.several:
+            self.timings[stage] = spent
+            return
+        total = self.timings.setdefault(stage, {"wall_s": 0.0, "cpu_s": 0.0, "configurations": {}})
+        total["configurations"][configuration.name] = spent
+        for clock in ("wall_s", "cpu_s"):
+            total[clock] = round(sum(one[clock] for one in total["configurations"].values()), 3)

@@ -1,0 +1,27 @@
+"""The real runner with the programs of `tests.jobs.fake`: `python -m tests.jobs.fake_runner HOME UID`.
+
+HOME/fake.json says which configurations there are.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from backend.engines.configurations import Configuration
+from backend.engines.registry import Engine
+from backend.jobs import measure, runner, stages
+
+MODULE = "tests.jobs.fake"
+ENGINE = Engine(name="fake", algorithms=(), module=MODULE, requires=(), environment=None, about="")
+
+
+def configurations(config):
+    found = json.loads((Path(sys.argv[1]) / "fake.json").read_text())["configurations"]
+    return [Configuration(c["name"], c["name"].upper(), "fake", {**c, "label": c["name"].upper()}) for c in found]
+
+
+if __name__ == "__main__":
+    stages.PREPARE = measure.WORKER = measure.SPEED = MODULE
+    stages.engine_for = lambda config: ENGINE
+    runner.configurations = configurations
+    runner.main()
