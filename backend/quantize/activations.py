@@ -105,6 +105,8 @@ class Activations:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
+                if os.fstat(descriptor).st_size > self.nbytes:  # of an earlier run with more tokens
+                    os.ftruncate(descriptor, self.nbytes)
                 written = 0
                 while written < len(data):
                     written += os.pwrite(descriptor, data[written:], self._offsets[number] + written)

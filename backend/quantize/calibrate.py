@@ -39,8 +39,11 @@ def calibrate(stream: LayerStream, index: int, layer: nn.Module) -> dict[InputGr
         for handle in handles:
             handle.remove()
     for group, gram in grams.items():
-        if not bool(torch.isfinite(gram.mean_abs).all()):
-            raise ModelError(f"Layer {index}: the input of {group.linears[0]} is not finite on the calibration text.")
+        if not bool(torch.isfinite(gram.mean_abs).all() and torch.isfinite(gram.H.diagonal()).all()):
+            raise ModelError(
+                f"Layer {index}: the input of {group.linears[0]} is not finite, or its squares overflow, on the "
+                "calibration text."
+            )
     return grams
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backend.errors import CheckpointError
 from backend.files import write_json
 from backend.formats.headers import read_headers
 from backend.quantize.recipe import Recipe
@@ -66,6 +67,10 @@ class Checkpoint:
         state["reports"] = [LayerReport(**{**r, "notes": tuple(r["notes"])}) for r in state["reports"]]
         return state
 
+    def clear(self) -> None:
+        """Forget earlier progress: files that belong to it are about to be overwritten."""
+        self._path.unlink(missing_ok=True)
+
     def save(
         self,
         layer: int,
@@ -75,4 +80,10 @@ class Checkpoint:
     ) -> None:
         """Record that layers below `layer` are done. Durable when it returns."""
         state = {"key": self._key, "layer": layer, "reports": [asdict(r) for r in reports], "kept": kept}
-        write_json(self._path, state | {"writers": list(writers)})
+        try:
+            write_json(self._path, state | {"writers": list(writers)})
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path} could not be written ({error.strerror}). Free some space and resume; what was finished "
+                "before is kept."
+            ) from error

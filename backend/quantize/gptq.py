@@ -54,7 +54,7 @@ def factorize(H: Tensor, damp: float, act_order: bool) -> Factor | None:  # noqa
     if not 0 < mean < float("inf"):
         return None
     order = H.diagonal().argsort(descending=True, stable=True) if act_order else None
-    while damp <= MAX_DAMP:
+    while True:
         # H = R R^T with R upper triangular comes from the Cholesky factor of the reversed matrix; U = R^-1.
         backwards = order.flip(0) if order is not None else torch.arange(H.shape[0] - 1, -1, -1, device=H.device)
         reversed_H = H.index_select(0, backwards).index_select(1, backwards)  # noqa: N806
@@ -66,8 +66,9 @@ def factorize(H: Tensor, damp: float, act_order: bool) -> Factor | None:  # noqa
             U = L.flip(0, 1)  # noqa: N806
             if bool(torch.isfinite(U.diagonal()).all()):
                 return Factor(U, order, damp)
-        damp *= DAMP_STEP
-    return None
+        if damp >= MAX_DAMP:
+            return None
+        damp = min(damp * DAMP_STEP, MAX_DAMP)
 
 
 def invert_lower_(L: Tensor) -> Tensor:  # noqa: N803

@@ -87,6 +87,8 @@ def quantize(
         key = fingerprint(folder, tokens, lengths, recipes, device=device.type, dtype=dtype, microbatch=microbatch)
         checkpoint = Checkpoint(checkpoint_dir, key)
         state = checkpoint.load()
+        if state is None:
+            checkpoint.clear()
     stage("embed")
     stream = LayerStream(
         architecture, weights, tokens, lengths, device, dtype, microbatch=microbatch, folder=checkpoint_dir,
@@ -97,6 +99,8 @@ def quantize(
             writer.restore(kept)
         report.layers, report.kept, report.resumed_at = state["reports"], state["kept"], stream.start
     else:
+        if checkpoint is not None:
+            checkpoint.clear()
         report.kept = {recipe.name: {} for recipe in recipes}
         _write_outside(folder, weights, writers)
 

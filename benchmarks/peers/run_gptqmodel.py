@@ -23,6 +23,8 @@ def quantize(task: Task) -> None:
         format=layouts[task.method],
         device="cpu",
     )
+    os.makedirs(task.out_dir, exist_ok=True)
+    os.chdir(task.out_dir)  # it makes a folder of logs in the working directory
     model = GPTQModel.load(task.model_dir, config)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in task.tokens]
     model.quantize(rows, batch_size=1)

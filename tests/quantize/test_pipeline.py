@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ def test_every_combination_gains_from_its_method(sweep: tuple[Path, dict[Scheme,
         limit = {"RTN": 1.0001 if scheme.bits == 8 else 0.6, "AWQ": 0.7}.get(scheme.method, 0.2)  # 8 bits: no ranges
         assert 0 < gain < limit, scheme
         assert layer.notes == ()
+    for scheme, layer in reports.items():
+        if scheme.scales_channels:  # scales compete with none, so they cost nothing
+            without = replace(scheme, method="GPTQ" if scheme.feeds_back else "RTN")
+            assert layer.relative_error < 1.02 * reports[without].relative_error, scheme
 
 
 def test_errors_fall_with_bits_and_with_smaller_groups(sweep: tuple[Path, dict[Scheme, LayerReport]]) -> None:
