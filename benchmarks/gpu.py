@@ -167,7 +167,7 @@ def check_kernels(results: Results, device: str) -> None:
     results.check("GEMM/GEMV round trips lost", lost, 0)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_small(results: Results, folder: Path, device: str) -> None:
     """A small model: both layouts, CPU against CUDA, packed against dense logits."""
     source = make_model(folder, SMALL, device)

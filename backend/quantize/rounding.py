@@ -18,6 +18,7 @@ from backend.quantize.grid import Grid
 from backend.quantize.site import Site
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}  # weights rounded to nearest at a time: cache of a CPU, width of a GPU
+MIN_ROWS = 256  # but no fewer rows than this: their product with H must not be bound by reading H
 FEEDBACK_CHUNK = 2**25  # weights rounded with feedback at a time: bounds memory
 # Parts of the full range that are tried. Few codes pay for clipping their largest weights, many do not.
 GROUP_RANGES = {2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3: (0.92, 0.84, 0.76, 0.68, 0.6), 4: (0.95, 0.9, 0.85, 0.8, 0.75)}
@@ -37,7 +38,7 @@ def round_nearest(w: Tensor, site: Site, grid: Grid, *, clip: bool, columns: Ten
     ranges = GROUP_RANGES.get(grid.bits, ()) if clip else ()
     size = grid.grouped(w[:1]).shape[-1]
     blocks = site.blocks(size, columns) if ranges else None
-    rows = max(1, CHUNK.get(w.device.type, 2**24) // w.shape[1])
+    rows = max(MIN_ROWS, CHUNK.get(w.device.type, CHUNK["cuda"]) // w.shape[1])
     parts = [_round_rows(part, site, grid, ranges, blocks, columns) for part in w.split(rows)]
     q, scale, zero = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return grid.weight(q, scale, zero)
