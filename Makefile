@@ -28,7 +28,7 @@ app: setup
 	$(RUN) app.py
 
 test: setup-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: setup-dev
 	$(RUN) -m ruff check .

@@ -122,7 +122,8 @@ def _error(site: Site, targets: Sequence[Target], columns: Tensor | None, clip: 
         else:
             rounded = round_with_feedback([w], target.factor, target.grid, clip=clip, columns=columns)[0]
         e = rounded.dequantize() - w
-        total += float(error_energy(e if columns is None else e / columns, site.H).sum())
+        H = site.fast_H if target.factor is None else site.H  # errors fed back are not independent  # noqa: N806
+        total += float(error_energy(e if columns is None else e / columns, H).sum())
     return total
 
 

@@ -57,7 +57,7 @@ def factorize(H: Tensor, damp: float, act_order: bool) -> Factor | None:  # noqa
     while True:
         # H = R R^T with R upper triangular comes from the Cholesky factor of the reversed matrix; U = R^-1.
         backwards = order.flip(0) if order is not None else torch.arange(H.shape[0] - 1, -1, -1, device=H.device)
-        reversed_H = H.index_select(0, backwards).index_select(1, backwards)  # noqa: N806
+        reversed_H = H.index_select(0, backwards).gather(1, backwards.expand_as(H))  # noqa: N806
         reversed_H.diagonal().add_(damp * mean)
         L, info = torch.linalg.cholesky_ex(reversed_H)  # noqa: N806
         del reversed_H

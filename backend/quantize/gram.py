@@ -67,3 +67,8 @@ def error_energy(e: Tensor, H: Tensor) -> Tensor:  # noqa: N803
     independent, the energy is then off by less than 2^-8 of itself.
     """
     return torch.linalg.vecdot((e.to(H.dtype) @ H).to(e.dtype), e)
+
+
+def energy_change(before: Tensor, after: Tensor, H: Tensor) -> Tensor:  # noqa: N803
+    """`error_energy(after) - error_energy(before)` in one product instead of two, and free of their cancellation."""
+    return torch.linalg.vecdot(((after - before).to(H.dtype) @ H).to(after.dtype), after + before)

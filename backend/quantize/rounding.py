@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backend.formats.weight import QuantizedWeight
 from backend.quantize.gptq import Factor, feed_back
-from backend.quantize.gram import error_energy
+from backend.quantize.gram import energy_change, error_energy
 from backend.quantize.grid import Grid
 from backend.quantize.site import Site
 
@@ -53,11 +53,9 @@ def _round_rows(
     if blocks is not None:
         scale = search_ranges(groups, full, zero, blocks, grid, ranges)
         # The groups' errors add up through the rest of H, so whole rows decide.
-        before, after = (
-            error_energy(_unscaled(grid.round(groups, s, zero).flatten(-2) - w, columns), site.fast_H)
-            for s in (full, scale)
-        )
-        scale = torch.where((after < before)[:, None, None], scale, full)
+        before, after = (_unscaled(grid.round(groups, s, zero).flatten(-2).sub_(w), columns) for s in (full, scale))
+        worth = energy_change(before, after, site.fast_H) < 0
+        scale = torch.where(worth[:, None, None], scale, full)
     q = grid.codes(groups, scale, zero).flatten(-2).to(torch.uint8)
     return q, scale.squeeze(-1), zero.squeeze(-1)
 

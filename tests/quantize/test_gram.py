@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backend.quantize.gram import BLOCK, Gram, error_energy
+from backend.quantize.gram import BLOCK, Gram, energy_change, error_energy
 
 CPU = torch.device("cpu")
 
@@ -89,3 +89,16 @@ def test_energy_with_a_bfloat16_H() -> None:  # noqa: N802
     assert found.dtype == torch.float32
     exact = error_energy(e, H)
     assert ((found.double() - exact).abs() <= 2.0**-8 * exact).all()
+
+
+def test_energy_change_matches_float64_where_the_difference_is_small() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(640, 128).double()
+    H = x.T @ x  # noqa: N806
+    before = torch.randn(50, 128)
+    after = before + 1e-3 * torch.randn(50, 128)
+    reference = error_energy(after.double(), H) - error_energy(before.double(), H)
+    scale = reference.abs().mean()
+    assert ((energy_change(before, after, H.float()).double() - reference).abs() <= 1e-4 * scale).all()
+    fast = energy_change(before, after, H.bfloat16()).double()
+    assert ((fast - reference).abs().mean() <= 0.02 * scale).all()  # each of the two terms of d H (a + b) is rounded
