@@ -11,13 +11,13 @@ import os
 import random
 import shutil
 import sys
-import time
 import traceback
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backend.child import run_child
+from backend.engines.clock import Clock
 from backend.engines.llm_problems import check_llm
 from backend.errors import CheckpointError, ConfigError, DataError, EngineError, QuantdeckError
 from backend.event_stream import EventWriter
@@ -49,7 +49,7 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
         EngineError: If the package fails; the message says where.
         CheckpointError: If what it saved holds NaN or infinity.
     """
-    clock = _Clock()
+    clock = Clock()
     source, out = Path(required(request, "model_dir")), Path(required(request, "out_dir"))
     found = required(request, "configurations")
     if len(found) != 1:
@@ -249,19 +249,6 @@ def check_finite(folder: Path) -> None:
                         f"{path.name}: {name} holds NaN or infinity after compression; check the model's own weights, "
                         "or use another recipe, scheme or dtype"
                     )
-
-
-class _Clock:
-    """Wall and CPU seconds since the last lap; the first lap counts CPU time from the process's start."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), 0.0
-
-    def lap(self) -> dict[str, float]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        spent = {"wall_s": round(wall - self._wall, 3), "cpu_s": round(cpu - self._cpu, 3)}
-        self._wall, self._cpu = wall, cpu
-        return spent
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from backend.schema.llm_tables import NO_SCHEME, PER_CHANNEL
+from backend.schema.llm_tables import PER_CHANNEL
 from backend.schema.llmcompressor import LLMCompressorSettings
 
 if TYPE_CHECKING:
@@ -30,15 +30,8 @@ def targeted(settings: LLMCompressorSettings, model: nn.Module) -> list[str]:
 
 def _scheme(settings: LLMCompressorSettings) -> dict[str, Any]:
     """What every quantizing modifier is told: the preset by name, or the preset with another group size."""
-    common: dict[str, Any] = {"ignore": settings.IGNORE}
-    if settings.KV_CACHE_FP8 or settings.RECIPE == "KVCache":
-        common["kv_cache_scheme"] = {
-            "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True,
-        }  # fmt: skip
-    if settings.SCHEME == NO_SCHEME:
-        return common
-    if settings.group_size == settings.weights.group_size:
-        return {**common, "scheme": settings.SCHEME, "targets": settings.TARGETS}
+    if not settings.has_own_group_size:
+        return settings.modifier
     from compressed_tensors.quantization import preset_name_to_scheme
 
     preset = preset_name_to_scheme(settings.SCHEME, settings.TARGETS)
@@ -47,7 +40,7 @@ def _scheme(settings: LLMCompressorSettings) -> dict[str, Any]:
         weights.update(strategy="channel", group_size=None)
     else:
         weights.update(strategy="group", group_size=settings.GROUP_SIZE)
-    return {**common, "config_groups": {"group_0": {"targets": settings.TARGETS, "weights": weights}}}
+    return {**settings.modifier, "config_groups": {"group_0": {"targets": settings.TARGETS, "weights": weights}}}
 
 
 def _gptq(settings: LLMCompressorSettings) -> Modifiers:

@@ -6,11 +6,11 @@ Run as `python -m backend.engines.native REQUEST.json RESULT.json` by a job's ru
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from backend.child import run_child
+from backend.engines.clock import Clock
 from backend.event_stream import EventWriter
 
 UNIT = "relative output error"
@@ -28,7 +28,7 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
         `timings` (per stage: `wall_s`, `cpu_s`), `tokens`, `resumed_at`, and `results`, per configuration `name`,
         `layers` (one report each), `skipped` (Linear: reason), `notes`.
     """
-    clock = _Clock()
+    clock = Clock()
     events.note(stage="calibrate", message="loading")
     from safetensors.torch import load_file
 
@@ -94,19 +94,6 @@ def _layer(report: Any) -> dict[str, Any]:
         "rtn_error": report.rtn_relative_error,
         "notes": list(report.notes),
     }
-
-
-class _Clock:
-    """Wall and CPU seconds since the last lap; the first lap counts from the process's own start."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), 0.0
-
-    def lap(self) -> dict[str, float]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        spent = {"wall_s": round(wall - self._wall, 3), "cpu_s": round(cpu - self._cpu, 3)}
-        self._wall, self._cpu = wall, cpu
-        return spent
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from backend.errors import ConfigError
 from backend.quantize.recipe import PER_CHANNEL, Recipe, Scheme
 from backend.schema import SECTIONS, AutoAWQSettings, Document, JobConfig, LLMCompressorSettings, parse_yaml
 from backend.schema.fields import each
-from backend.schema.llmcompressor import NO_SCHEME
 
 TARGETS = ("yaml", "nyuntam", "llmcompressor", "command")
 OWN_AWQ_KEYS = ("ENGINE", "FORMAT")
@@ -198,14 +197,7 @@ def _pruning_ignore(name: str) -> str:
 
 def _scheme(settings: LLMCompressorSettings) -> dict[str, Any]:
     """The preset by name, or spelled out with another group size."""
-    common: dict[str, Any] = {"ignore": settings.IGNORE}
-    if settings.KV_CACHE_FP8 or settings.RECIPE == "KVCache":
-        common["kv_cache_scheme"] = {
-            "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True,
-        }  # fmt: skip
-    if settings.SCHEME == NO_SCHEME:
-        return common
-    if settings.group_size == settings.weights.group_size:
-        return {**common, "scheme": settings.SCHEME, "targets": settings.TARGETS}
+    if not settings.has_own_group_size:
+        return settings.modifier
     weights = _weights(settings.weights.bits, settings.group_size, settings.weights.symmetric)
-    return {**common, "config_groups": {"group_0": {"targets": settings.TARGETS, "weights": weights}}}
+    return {**settings.modifier, "config_groups": {"group_0": {"targets": settings.TARGETS, "weights": weights}}}

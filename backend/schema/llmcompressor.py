@@ -192,6 +192,23 @@ class LLMCompressorSettings(BaseModel):
         return self.weights.group_size if self.GROUP_SIZE is None else self.GROUP_SIZE
 
     @property
+    def has_own_group_size(self) -> bool:
+        """Whether the preset of that name would have other groups."""
+        return self.SCHEME != NO_SCHEME and self.group_size != self.weights.group_size
+
+    @property
+    def modifier(self) -> dict[str, Any]:
+        """What every quantizing modifier of the package is told; of an own group size, all but the groups."""
+        told: dict[str, Any] = {"ignore": self.IGNORE}
+        if self.KV_CACHE_FP8 or self.RECIPE == "KVCache":
+            told["kv_cache_scheme"] = {
+                "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True,
+            }  # fmt: skip
+        if self.SCHEME != NO_SCHEME and not self.has_own_group_size:
+            told |= {"scheme": self.SCHEME, "targets": self.TARGETS}
+        return told
+
+    @property
     def needs_text(self) -> bool:
         """Whether calibration text changes the result."""
         return self.facts.needs_text or self.weights.needs_text or self.KV_CACHE_FP8
