@@ -10,6 +10,9 @@ from __future__ import annotations
 import difflib
 import io
 import math
+import os
+import re
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +20,8 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
+from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from ruamel.yaml.tokens import CommentToken
@@ -26,9 +31,21 @@ from backend.schema.errors import config_errors
 from backend.schema.job import ALGORITHMS, JobConfig
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings
 
-MAX_BYTES = 1_000_000
+# A job file has some hundred values. The limits keep the worst file below a second of the reader's time.
+MAX_BYTES = 250_000
+MAX_LINES = 10_000
 MAX_DEPTH = 20
-MAX_NODES = 50_000
+MAX_NODES = 5_000
+MAX_ALIASES = 50
+
+_NOT_FOR_JOBS = re.compile(
+    r"(LD|DYLD|PYTHON|HF|HUGGING_?FACE|TRANSFORMERS|TORCH|NVIDIA|QUANTDECK)_\w+|\w*_PROXY|(\w+_)?(ENDPOINT|BASE_URL)"
+    r"|PYTHON(PATH|HOME|STARTUP)|CUDA_VISIBLE_DEVICES|PATH|HOME|SHELL|ENV|ENVIRONMENT|ENV_VARS|INCLUDE_PATH",
+    re.IGNORECASE,
+)
+"""Keys that would change the environment of the programs that a job runs, or where they download from."""
+_CODE_SWITCHES = re.compile(r"(TRUST|ALLOW)_REMOTE_CODE|CONFIRM_RUN_UNSAFE_CODE|ALLOW_PICKLE", re.IGNORECASE)
+"""Keys that would let files from elsewhere run code, if they are switched on."""
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "CALIBRATION": CalibrationSettings,
@@ -68,7 +85,15 @@ def _plain(node: Any, path: str = "", depth: int = 0, budget: list[int] | None =
     if tag is not None and tag.value is not None:
         raise ConfigError(f"found a value tagged {tag.value}; only plain YAML is read", key=path)
     if isinstance(node, Mapping):
-        return {str(k): _plain(v, f"{path}.{k}".lstrip("."), depth + 1, budget) for k, v in node.items()}
+        plain: dict[str, Any] = {}
+        for key, value in node.items():
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                raise ConfigError("found a key that is no plain word; keys are text", key=path)
+            name = str(key)
+            if name in plain:
+                raise ConfigError(f"found the key {name} twice", key=path)
+            plain[name] = _plain(value, f"{path}.{name}".lstrip("."), depth + 1, budget)
+        return plain
     if isinstance(node, list):
         return [_plain(v, f"{path}[{i}]", depth + 1, budget) for i, v in enumerate(node)]
     if isinstance(node, bool) or node is None:
@@ -82,6 +107,27 @@ def _plain(node: Any, path: str = "", depth: int = 0, budget: list[int] | None =
     if isinstance(node, str):
         return str(node)
     raise ConfigError(f"found a value of kind {type(node).__name__}; only plain YAML is read", key=path)
+
+
+def _refused_keys(values: Any, path: str = "") -> Iterator[ConfigError]:
+    """Keys that a job file may not have: they ask for what only the operator of the machine decides."""
+    if isinstance(values, list):
+        for number, value in enumerate(values):
+            yield from _refused_keys(value, f"{path}.{number}")
+    if not isinstance(values, Mapping):
+        return
+    for key, value in values.items():
+        place = f"{path}.{key}".lstrip(".")
+        if _NOT_FOR_JOBS.fullmatch(key):
+            text = "a job file cannot set environment variables or addresses; the operator sets them where it starts"
+            yield ConfigError(f"{text} Quantdeck", key=place, value=value)
+        elif _CODE_SWITCHES.fullmatch(key) and value not in (False, None, "", 0):
+            text = "never runs code that comes with a model, a dataset or a task; take this key out"
+            if "pickle" in key.lower():
+                text = "takes pickle files only if quantdeck.toml allows it ([models] allow_pickle); take this key out"
+            yield ConfigError(f"found {value!r}; Quantdeck {text}", key=place, value=value)
+        else:
+            yield from _refused_keys(value, place)
 
 
 def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
@@ -129,6 +175,8 @@ class Document:
             ConfigErrors: With every problem of the file.
         """
         if self._config is None:
+            if refused := list(_refused_keys(self.values)):
+                raise ConfigErrors(refused)
             try:
                 self._config = JobConfig.model_validate(self.values)
             except ValidationError as error:
@@ -246,21 +294,72 @@ def parse_yaml(text: str) -> Document:
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_BYTES:
         raise ConfigError(f"the file has {size} bytes; a job file has at most {MAX_BYTES}")
+    if text.count("\n") > MAX_LINES:
+        raise ConfigError(f"the file has {text.count(chr(10))} lines; a job file has at most {MAX_LINES}")
+    content = text.removeprefix("\ufeff")
     try:
-        tree = _yaml().load(text.removeprefix("\ufeff"))
+        _check_shape(content)
+        tree = _yaml().load(content)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = (error.problem or "malformed").splitlines()[0]
         raise ConfigError(f"this is not valid YAML: {where}{problem}") from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"this is not valid YAML: {str(error).splitlines()[0]}") from None
+    except ReaderError as error:
+        line = content.count("\n", 0, error.position) + 1
+        raise ConfigError(f"this is not valid YAML: line {line}: it has a character that text cannot have") from None
+    except (YAMLError, ValueError, TypeError, NotImplementedError, RecursionError) as error:
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"this is not valid YAML: {problem}") from None
     if not isinstance(tree, CommentedMap):
         found = "nothing" if tree is None else type(tree).__name__
         raise ConfigError(f"found {found}; a job file is a list of `KEY: value` lines, see examples/")
     document = Document(tree, text)
     document.values  # noqa: B018  refuses tags, non-finite numbers and oversized trees at once
     return document
+
+
+def _check_shape(text: str) -> None:
+    """Refuse a hostile file while it is only a stream of events, before a tree is made of it.
+
+    Raises:
+        ConfigError: If it has too many values, levels or aliases; with the line.
+    """
+    nodes = depth = aliases = 0
+    for event in _yaml().parse(io.StringIO(text)):
+        if isinstance(event, CollectionEndEvent):
+            depth -= 1
+            continue
+        nodes += isinstance(event, NodeEvent)
+        aliases += isinstance(event, AliasEvent)
+        depth += isinstance(event, CollectionStartEvent)
+        for found, limit, what in (
+            (nodes, MAX_NODES, "values"),
+            (depth, MAX_DEPTH, "levels"),
+            (aliases, MAX_ALIASES, "aliases"),
+        ):
+            if found > limit:
+                line = event.start_mark.line + 1
+                raise ConfigError(f"line {line}: the file has more than {limit} {what}, which no job file needs")
+
+
+def decode_yaml(raw: bytes, name: str = "this file") -> str:
+    """The text of a job file's bytes, which have to be UTF-8, with or without a byte order mark.
+
+    Args:
+        raw: The file.
+        name: What the error calls it.
+
+    Raises:
+        ConfigError: If they are not; with the line.
+    """
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"cannot read {name}: line {line} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
 
 
 def read_yaml(path: str) -> Document:
@@ -270,12 +369,17 @@ def read_yaml(path: str) -> Document:
         ConfigError: If it cannot be read, is not UTF-8, or is not YAML.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return parse_yaml(file.read(MAX_BYTES + 1))
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # never waits for a pipe
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"cannot read {path}: it is not a file; give the path of a job's YAML file")
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give the path of a job's YAML file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read {path}: it is not UTF-8 text (byte {error.start})") from None
+    except ValueError:  # a NUL in the path
+        raise ConfigError(f"cannot read {path!r}; give the path of a job's YAML file") from None
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_BYTES} bytes; a job file has at most that")
+    return parse_yaml(decode_yaml(raw, path))
 
 
 def new_document(values: Mapping[str, Any]) -> Document:
@@ -294,4 +398,6 @@ def _leaves(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator
             yield (*prefix, key), value
 
 
-__all__ = ["ALGORITHMS", "SECTIONS", "ConfigErrors", "Document", "new_document", "parse_yaml", "read_yaml"]
+__all__ = [
+    "ALGORITHMS", "SECTIONS", "ConfigErrors", "Document", "decode_yaml", "new_document", "parse_yaml", "read_yaml",
+]  # fmt: skip

@@ -1,7 +1,8 @@
 """The job file: the guides' top-level YAML keys, with the same names, case and meaning.
 
 Keys that the original system reads are honoured. `JOB_PATH` and `ALGO_TYPE`, which it never reads, are kept
-in the file and marked `ignored`. `CALIBRATION`, `EVALUATION` and `BENCHMARK` are Quantdeck's own.
+in the file and marked `ignored`. `CALIBRATION`, `EVALUATION`, `BENCHMARK`, `PRIORITY`, `MAX_ATTEMPTS` and
+`TIME_LIMIT_HOURS` are Quantdeck's own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import string
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
 from backend.schema.autoawq import AutoAWQSettings
 from backend.schema.fields import drop_empty, setting
@@ -20,7 +21,7 @@ from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, E
 from backend.schema.native import NativeSettings
 
 DEMO = "quantdeck/demo"
-JOB_ID_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+JOB_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
 AlgorithmSettings = AutoAWQSettings | NativeSettings | LLMCompressorSettings
 ALGORITHMS: dict[str, type[AlgorithmSettings]] = {
@@ -80,7 +81,7 @@ class JobConfig(BaseModel):
     # -- job
     CUDA_ID: str = setting(
         "0", label="GPU", section="Job",
-        help="Number of the GPU to use. Without a GPU the job runs on the CPU and says so.",
+        help="Number of the GPU to use, or several with commas. Without a GPU the job runs on the CPU and says so.",
     )  # fmt: skip
     ALGORITHM: Literal["AutoAWQ", "Native", "LLMCompressor"] = setting(
         label="Algorithm", section="Algorithm",
@@ -114,6 +115,19 @@ class JobConfig(BaseModel):
     ALGO_TYPE: str | None = setting(
         None, label="Algorithm type", section="Job", advanced=True, ignored=True,
         help="Kept in the file; neither the original system nor Quantdeck reads it.",
+    )  # fmt: skip
+    PRIORITY: StrictInt = setting(
+        0, label="Priority", section="Job", advanced=True, unit="-100 to 100", ge=-100, le=100,
+        help="Waiting jobs of a higher priority start first; those of the same one in the order they were made.",
+    )  # fmt: skip
+    MAX_ATTEMPTS: StrictInt = setting(
+        3, label="Attempts", section="Job", advanced=True, unit="starts", ge=1, le=10,
+        help="How often the job is started at most if its process dies or the machine restarts; "
+        "each attempt goes on where the one before it stopped.",
+    )  # fmt: skip
+    TIME_LIMIT_HOURS: float | None = setting(
+        None, label="Time limit", section="Job", advanced=True, unit="hours", ge=0.01, le=10_000,
+        help="The job is stopped after this time. Empty: no limit.",
     )  # fmt: skip
     TASK: Literal["llm"] = setting(
         "llm", label="Task", section="Job", advanced=True, help="Kind of model; Quantdeck quantizes language models."
