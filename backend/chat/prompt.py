@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from backend.errors import DataError
@@ -53,7 +52,7 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mappi
         return Prompt(list(tokenizer("\n".join(turns) + "\nAssistant:").input_ids), PLAIN_STOP)
     try:
         text = tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, tokenize=False)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program, in a sandbox: it may raise anything
         raise DataError(f"The model's chat template refuses this conversation: {error}.") from error
     # the template writes BOS itself where the model wants it
     return Prompt(list(tokenizer(text, add_special_tokens=False).input_ids))

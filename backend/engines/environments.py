@@ -19,10 +19,12 @@ Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import tomllib
@@ -47,9 +49,15 @@ PASSED_VARIABLES = (
     "HOME", "USER", "LOGNAME", "SHELL", "TERM", "TZ", "LANG", "LANGUAGE", "TMPDIR", "PATH",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
     "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
-    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "CC", "CXX",
+    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "CC", "CXX",
 )  # fmt: skip
 PASSED_PREFIXES = ("LC_", "XDG_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "QUANTDECK_")
+OWN_PREFIXES = (
+    *PASSED_PREFIXES, "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "TRITON_", "KMP_", "GOMP_",
+    "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "MALLOC_", "LMEVAL_", "LM_HARNESS_",
+)  # fmt: skip
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SECRET = re.compile("TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ class Environment:
             facts = json.loads((self.folder / READY).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return facts if facts.get("hash") == self.hash else None
+        return facts if isinstance(facts, dict) and facts.get("hash") == self.hash else None
 
 
 def environments(definitions: Path | None = None, root: Path | None = None) -> dict[str, Environment]:
@@ -159,8 +167,27 @@ def environment_variables(name: str, base: Mapping[str, str] | None = None) -> d
     return _variables(environment(name), os.environ if base is None else base)
 
 
+def own_variables(base: Mapping[str, str] | None = None, *, hub_token: bool = False) -> dict[str, str]:
+    """The same for a program that runs with our own Python: what its libraries know is passed as well.
+
+    Args:
+        base: Instead of `os.environ`.
+        hub_token: Whether the program may see the token for the Hub.
+    """
+    found = _passed(os.environ if base is None else base, OWN_PREFIXES)
+    tokens = {k: v for k, v in (os.environ if base is None else base).items() if k in HUB_TOKENS}
+    return {**found, **(tokens if hub_token else {}), "PYTHONNOUSERSITE": "1"}
+
+
+def _passed(base: Mapping[str, str], prefixes: tuple[str, ...]) -> dict[str, str]:
+    """The allowed variables; of those with a prefix none whose name says that it holds a secret."""
+    return {
+        k: v for k, v in base.items() if k in PASSED_VARIABLES or (k.startswith(prefixes) and not _SECRET.search(k))
+    }
+
+
 def _variables(env: Environment, base: Mapping[str, str]) -> dict[str, str]:
-    passed = {k: v for k, v in base.items() if k in PASSED_VARIABLES or k.startswith(PASSED_PREFIXES)}
+    passed = _passed(base, PASSED_PREFIXES)
     passed["PATH"] = os.pathsep.join([str(env.python.parent), base.get("PATH", os.defpath)])
     passed["PYTHONNOUSERSITE"] = "1"
     return {**passed, **{k: str(v) for k, v in env.about.get("variables", {}).items()}}
@@ -187,12 +214,23 @@ def install(name: str, on_line: Line = lambda line: None) -> Path:
 
 def build(env: Environment, on_line: Line) -> Path:
     """`install` for an environment anywhere."""
+    try:
+        return _build(env, on_line)
+    except OSError as error:
+        raise EngineError(
+            f"{env.name} could not be built in {env.folder}: {error.strerror or error} ({error.filename or env.root}). "
+            "The unfinished environment is not used; run the command again when this is mended"
+        ) from None
+
+
+def _build(env: Environment, on_line: Line) -> Path:
     if env.ready():
         on_line(f"{env.name} is already installed in {env.folder}")
         return env.python
     uv = find_uv()
     with _alone(env, on_line):
         if env.ready():  # the other process finished it
+            on_line(f"{env.name} was built by another process in {env.folder}")
             return env.python
         if env.folder.exists():
             on_line(f"an unfinished build is in {env.folder}; starting afresh")
@@ -219,12 +257,22 @@ def build(env: Environment, on_line: Line) -> Path:
         run_lines(command, on_line, env=own, cwd=env.root, what=f"trying out {env.name} (its probe.py)")
         freeze = [uv, "pip", "freeze", "--quiet", "--python", str(env.python)]
         packages = run_lines(freeze, lambda _: None, env=variables, cwd=env.root, what="listing packages", keep=None)
+        _reach_disk(env.folder)
         write_json(env.folder / READY, {"name": env.name, "hash": env.hash, "packages": packages})
     for other in sorted(env.root.glob(f"{env.name}-*/{READY}")):
         if other.parent != env.folder:
             on_line(f"{other.parent} is of an earlier version; delete it when no job uses it")
     on_line(f"{env.name} is ready: {env.python}")
     return env.python
+
+
+def _reach_disk(folder: Path) -> None:
+    """Have all that was installed reach the disk, so that a power cut cannot leave a marker without its files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        ctypes.CDLL(None).syncfs(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ pip, once, and expects that to hold for everything; so pip is asked and uv is to
 from __future__ import annotations
 
 import ast
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -15,10 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from backend.errors import EngineError
+from backend.process import PR_SET_PDEATHSIG
 
 PIP_SECTIONS = (":env:", "install", "global")  # the first that has a key wins
 KEPT_LINES = 12
-NOT_FOR_UV = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "CONDA_PREFIX", "UV_PYTHON", "UV_PROJECT_ENVIRONMENT")
+NOT_FOR_UV = (
+    "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "LD_PRELOAD", "LD_LIBRARY_PATH", "CONDA_PREFIX",
+    "UV_PYTHON", "UV_PROJECT_ENVIRONMENT",
+)  # fmt: skip
 
 Line = Callable[[str], None]
 """Takes one line of progress."""
@@ -110,6 +116,21 @@ def uv_environment(settings: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
+def _die_with(parent: int) -> Callable[[], None]:
+    """What a child does before it becomes a program: it asks to be killed when its parent dies.
+
+    A build whose process is killed releases its lock; a uv that went on would write into the next build.
+    """
+    libc = ctypes.CDLL(None)  # before the fork, where nothing may be loaded
+
+    def before_exec() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return before_exec
+
+
 def run_lines(
     command: Sequence[str],
     on_line: Line,
@@ -119,7 +140,7 @@ def run_lines(
     what: str,
     keep: int | None = KEPT_LINES,
 ) -> list[str]:
-    """Run a program, passing on what it prints line by line.
+    """Run a program, passing on what it prints line by line. It is killed when the calling thread ends.
 
     Args:
         command: Program and arguments.
@@ -139,6 +160,7 @@ def run_lines(
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         encoding="utf-8", errors="replace", env=dict(env), cwd=cwd,
+        preexec_fn=_die_with(os.getpid()),
     ) as process:  # fmt: skip
         assert process.stdout is not None
         try:

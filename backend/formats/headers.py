@@ -8,6 +8,7 @@ without holes or overlaps. A file that breaks any of this is refused before a by
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import CheckpointError
+from backend.formats.regular import open_regular, read_regular
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz")
+# Headers of the largest models known have less than 10 MB. Parsed JSON takes up to 20 times its size in memory.
+MAX_HEADER_BYTES = 40_000_000
+MAX_INDEX_BYTES = 40_000_000
+MAX_DIMENSIONS = 16
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -61,6 +66,7 @@ def read_headers(model_dir: Path | str) -> list[TensorInfo]:
         raise CheckpointError(f"There is no folder {folder}; give the folder of a model.")
     tensors: list[TensorInfo] = []
     seen: dict[str, str] = {}
+    index = _read_index(folder) if not (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file() else {}
     for name in weight_files(folder):
         for tensor in read_header(folder / name):
             if tensor.name in seen:
@@ -70,6 +76,13 @@ def read_headers(model_dir: Path | str) -> list[TensorInfo]:
                 )
             seen[tensor.name] = name
             tensors.append(tensor)
+    for tensor_name, file in index.items():
+        if seen.get(tensor_name) != file:
+            there = f"it is in {seen[tensor_name]}" if tensor_name in seen else "no shard has it"
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} says that {file} holds {tensor_name!r}, but {there}; the index and the shards "
+                "do not belong together. Get the checkpoint again."
+            )
     return tensors
 
 
@@ -83,8 +96,7 @@ def weight_files(folder: Path) -> list[str]:
         return [SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
         return _indexed_files(folder)
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
-    if pickles:
+    if pickles := pickle_files(folder):
         raise CheckpointError(
             f"{folder} holds its weights only as pickle ({', '.join(pickles[:3])}), which can run code when it is "
             f"opened and is never loaded here; convert the model to {SINGLE_FILE} with save_pretrained."
@@ -94,18 +106,42 @@ def weight_files(folder: Path) -> list[str]:
     raise CheckpointError(f"{folder} must hold {SINGLE_FILE} or {INDEX_FILE} with its shards; {found}.")
 
 
-def _indexed_files(folder: Path) -> list[str]:
+def pickle_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that are opened by unpickling, sorted."""
+    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLE_SUFFIXES)
+
+
+def has_only_pickles(folder: Path) -> bool:
+    """Whether a folder's weights are there as pickle and not as safetensors."""
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return False
+    return bool(pickle_files(folder)) and not list(folder.glob("*.safetensors"))
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> shard, as the index says.
+
+    Raises:
+        CheckpointError: If it is no index, or names a shard outside of the folder.
+    """
     path = folder / INDEX_FILE
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
+        weight_map = json.loads(read_regular(path, MAX_INDEX_BYTES).decode("utf-8"))["weight_map"]
+        files = set(weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a shard index ({error}); get the file again.") from None
-    if not names:
-        raise CheckpointError(f"{path} names no shard; get the file again.")
-    for name in names:
+    for name in sorted(files, key=str):
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{path} names {name!r}; shards must be .safetensors files in the same folder.")
+    found: dict[str, str] = weight_map
+    return found
+
+
+def _indexed_files(folder: Path) -> list[str]:
+    names = sorted(set(_read_index(folder).values()))
+    if not names:
+        raise CheckpointError(f"{folder / INDEX_FILE} names no shard; get the file again.")
+    for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: shard {name} of {INDEX_FILE} is missing; complete the download.")
     return names
@@ -118,8 +154,8 @@ def read_header(path: Path) -> list[TensorInfo]:
         CheckpointError: If the file is truncated or corrupt; the message names it and says where.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if len(start) < 8 or 8 + length > size:
@@ -160,8 +196,8 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, list[int], tuple[int
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise _bad(path, f"tensor {name!r} has dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
-    if not _sizes(shape):
-        raise _bad(path, f"tensor {name!r} has shape {shape!r}")
+    if not _sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        raise _bad(path, f"tensor {name!r} has shape {str(shape)[:80]}")
     if not _sizes(offsets) or len(offsets) != 2:
         raise _bad(path, f"tensor {name!r} has data_offsets {offsets!r}")
     return dtype, shape, (offsets[0], offsets[1])

@@ -75,7 +75,10 @@ def load_model(
     model.tie_weights()
     nn.Module.to(model, device)  # the computed buffers
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ModelError(f"{folder}/generation_config.json is not valid: {str(error)[:500]}") from None
     return model
 
 
@@ -88,8 +91,8 @@ def load_tokenizer(model_dir: Path | str) -> PreTrainedTokenizerBase:
     read_config_json(model_dir)
     try:
         return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"The tokenizer of {model_dir} cannot be loaded: {error}") from None
+    except Exception as error:  # the tokenizers package raises plain Exception for a broken file
+        raise ModelError(f"The tokenizer of {model_dir} cannot be loaded: {str(error)[:500]}") from None
 
 
 class CheckpointReader:

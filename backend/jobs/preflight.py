@@ -12,12 +12,15 @@ from backend.engines.autoawq_checks import autoawq_problems
 from backend.engines.configurations import Configuration, by_the_core, configurations
 from backend.engines.llm_problems import llm_problems
 from backend.engines.registry import engine_for
-from backend.errors import ConfigError, ConfigErrors, DataError, QuantdeckError
+from backend.errors import ConfigError, ConfigErrors, DataError, ModelError, QuantdeckError
 from backend.evaluate.tasks import check_tasks
+from backend.formats.config import read_config_json
+from backend.formats.headers import has_only_pickles
 from backend.formats.size import predicted_size, weight_bytes
 from backend.jobs.devices import choose_device
 from backend.paths import Home
 from backend.schema import JobConfig
+from backend.settings import Settings
 from backend.sources.calibration import token_sequences
 from backend.sources.messages import (
     CalibrationRow,
@@ -27,6 +30,7 @@ from backend.sources.messages import (
     plain_text,
 )
 from backend.sources.models import ModelSource, resolve_model
+from backend.sources.places import check_outputs
 from backend.sources.plan import calibration_source, evaluation_source, evaluation_tasks
 from backend.sources.quick_check import QuickFacts, kept_linears, kept_note, quick_check
 from backend.sources.texts import TextSource, check_rows, read_calibration_rows
@@ -81,6 +85,8 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
             problems.append(ConfigError(rest if named.isupper() else error.message, key=here))
         return None
 
+    settings = attempt("", lambda: Settings.load(home)) or Settings()
+    attempt("USER_FOLDER", lambda: check_outputs(config, home))
     device = attempt("CUDA_ID", lambda: choose_device(config.CUDA_ID))
     if device == "cpu":
         notes.append("No GPU was found: this job runs on the CPU.")
@@ -92,7 +98,10 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
     model = attempt("MODEL", lambda: resolve_model(config, home, confined=confined))
     model_key = "CUSTOM_MODEL_PATH" if config.CUSTOM_MODEL_PATH else "MODEL"
     predicted: dict[str, int] = {}
-    if model is not None and model.path is not None:
+    if model is not None and model.path is not None and settings.models.allow_pickle and has_only_pickles(model.path):
+        attempt(model_key, lambda: read_config_json(model.path))
+        notes.append("The weights are stored as pickle: the job converts them first, and checks them then.")
+    elif model is not None and model.path is not None:
         facts = attempt(model_key, lambda: quick_check(model.path))
         if facts is not None:
             attempt(model_key, lambda: _check_recipes(facts, config, planned, notes))
@@ -113,8 +122,8 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
             )
     if config.EVALUATION.ENABLED:
         attempt("EVALUATION.TASKS", lambda: check_tasks([t.NAME for t in evaluation_tasks(config)]))
-        evaluation = evaluation_source(config)
-        if config.EVALUATION.PROTOCOLS and evaluation.is_local:
+        evaluation = attempt("EVALUATION.DATASET_NAME", lambda: evaluation_source(config))
+        if evaluation is not None and config.EVALUATION.PROTOCOLS and evaluation.is_local:
             attempt("EVALUATION.DATASET_NAME", lambda: check_rows(evaluation))
     if problems:
         raise ConfigErrors(problems)
@@ -218,7 +227,10 @@ def _check_calibration(source: TextSource, config: JobConfig, model_dir: Path | 
         return None
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the package raises plain Exception for a broken file
+        raise ModelError(f"MODEL: {tokenizer_file} is broken: {str(error)[:300]}; get the file again") from None
     has_template = has_chat_template(model_dir)
     templated = False
 

@@ -62,13 +62,12 @@ def row_encoder(tokenizer: Any, mode: TemplateMode) -> Callable[[Sequence[Calibr
     Raises:
         DataError: While encoding, if the model has no template or it refuses a conversation.
     """
-    from jinja2 import TemplateError
 
     def rendered(row: CalibrationRow) -> str:
         messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False)
-        except (TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a template is a program, in a sandbox: it may raise anything
             raise DataError(
                 f"TEXT_COLUMN: the model's chat template refuses a row with the roles "
                 f"{', '.join(str(m['role']) for m in messages[:6])}: {error}; choose other rows, or set "

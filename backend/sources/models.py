@@ -19,8 +19,10 @@ from backend.formats.config import read_config_json
 from backend.formats.headers import TensorInfo, read_headers
 from backend.paths import Home
 from backend.schema import DEMO, JobConfig
+from backend.settings import Settings
+from backend.sources.places import local_place
 
-REPO_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
 Kind = Literal["demo", "local", "hub"]
 
 
@@ -86,7 +88,7 @@ def resolve_model(config: JobConfig, home: Home, *, confined: bool = False) -> M
     Args:
         config: The job.
         home: Relative paths start here.
-        confined: True for requests of the web page: only folders below the home are taken.
+        confined: True for requests of the web page: only folders inside `Settings.model_roots` are taken.
 
     Raises:
         ConfigErrors: If a folder does not exist, or the name is neither a folder nor a possible Hub id.
@@ -95,22 +97,31 @@ def resolve_model(config: JobConfig, home: Home, *, confined: bool = False) -> M
     name = config.CUSTOM_MODEL_PATH or config.MODEL
     if name == DEMO:
         return ModelSource(name, MODEL_DIR, "demo")
-    folder = home.root / Path(name).expanduser()
-    looks_local = bool(config.CUSTOM_MODEL_PATH) or name.startswith((".", "~", "/")) or folder.is_dir()
-    if looks_local:
-        if confined and not folder.resolve().is_relative_to(home.root):
-            message = f"found {name!r}; from this page only folders inside {home.root} can be used"
-            raise ConfigErrors([ConfigError(message, key=key, value=name)])
+    if config.CUSTOM_MODEL_PATH or _looks_local(name, home):
+        wanted = "a folder with config.json and safetensors files"
+        folder = local_place(name, home, key=key, confined=confined, wanted=wanted)
         if not folder.is_dir():
-            message = (
-                f"found {name!r}, but there is no folder {folder}; give a folder with config.json and safetensors files"
-            )
+            message = f"found {name!r}, but {folder} is no folder; give {wanted}"
             raise ConfigErrors([ConfigError(message, key=key, value=name)])
-        return ModelSource(name, folder.resolve(), "local")
-    if not REPO_ID.match(name) or ".." in name or "--" in name:
+        return ModelSource(name, folder, "local")
+    if not is_repo_id(name):
         message = f"found {name!r}, which is neither a folder nor a Hub id like 'organisation/name'"
         raise ConfigErrors([ConfigError(message, key=key, value=name)])
     return ModelSource(name, None, "hub")
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name can be that of a model or dataset on the Hub, and nothing else."""
+    return REPO_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def _looks_local(name: str, home: Home) -> bool:
+    if name.startswith((".", "~", "/")):
+        return True
+    try:
+        return (home.root / name).is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def model_facts(folder: Path) -> ModelFacts:
@@ -127,14 +138,19 @@ def model_facts(folder: Path) -> ModelFacts:
         by_type[tensor.dtype] = by_type.get(tensor.dtype, 0) + _count(tensor)
     return ModelFacts(
         architecture=str((config.get("architectures") or ["unknown"])[0]),
-        layers=int(config.get("num_hidden_layers") or 0),
-        hidden_size=int(config.get("hidden_size") or 0),
-        intermediate_size=int(config.get("intermediate_size") or 0),
-        vocab_size=int(config.get("vocab_size") or 0),
+        layers=_whole(config.get("num_hidden_layers")),
+        hidden_size=_whole(config.get("hidden_size")),
+        intermediate_size=_whole(config.get("intermediate_size")),
+        vocab_size=_whole(config.get("vocab_size")),
         parameters=sum(by_type.values()),
         weight_bytes=sum(t.nbytes for t in tensors),
         dtype=max(by_type, key=by_type.__getitem__, default="none"),
     )
+
+
+def _whole(value: object) -> int:
+    """A number of config.json; 0 where there is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 def _count(tensor: TensorInfo) -> int:
@@ -142,15 +158,22 @@ def _count(tensor: TensorInfo) -> int:
 
 
 def list_models(home: Home) -> list[ModelEntry]:
-    """The demo model, and every folder below `<home>/models` that holds a config.json."""
-    demo = ModelEntry(DEMO, MODEL_DIR, "demo", "built in, no download")
-    return [demo, *_local_models(home)]
+    """The demo model, and every folder with a config.json below the folders of models that the page may use."""
+    entries = [ModelEntry(DEMO, MODEL_DIR, "demo", "built in, no download")]
+    try:
+        roots = Settings.load(home).model_roots(home)
+    except ConfigError:  # said where jobs are checked
+        roots = (home.user_data / "models",)
+    for root in dict.fromkeys(roots):
+        entries += _local_models(root, home)
+    return entries
 
 
-def _local_models(home: Home) -> Iterator[ModelEntry]:
-    root = home.user_data / "models"
+def _local_models(root: Path, home: Home) -> Iterator[ModelEntry]:
     for folder, subfolders, files in os.walk(root):
-        depth = len(Path(folder).relative_to(root).parts)
+        path = Path(folder)
+        depth = len(path.relative_to(root).parts)
         subfolders[:] = sorted(subfolders) if depth < 3 else []
         if "config.json" in files:
-            yield ModelEntry(str(Path(folder).relative_to(home.root)), Path(folder), "local", "local folder")
+            name = path.relative_to(home.root) if path.is_relative_to(home.root) else path
+            yield ModelEntry(str(name), path, "local", "local folder")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import string
 from pathlib import Path
 
 from backend.demo import TASK_NAME
@@ -9,10 +11,18 @@ from backend.errors import ConfigError, ConfigErrors
 from backend.paths import Home
 from backend.schema import DEMO, JobConfig, TaskSettings
 from backend.schema.measurement import AUTO
-from backend.sources.texts import TextSource
+from backend.sources.models import is_repo_id
+from backend.sources.places import local_place
+from backend.sources.texts import FILE_KINDS, TextSource
 
 GUIDE_TEXT = ("wikitext", "wikitext-2-raw-v1")
 GUIDE_TASK = TaskSettings(NAME="arc_challenge", NUM_FEWSHOT=25)
+READERS = frozenset((
+    "arrow", "audiofolder", "cache", "conll", "csv", "eval", "fasta", "fastq", "genbank", "harbor", "hdf5", "iceberg",
+    "imagefolder", "json", "lance", "meshfolder", "mmcif", "niftifolder", "pandas", "parquet", "pdb", "pdffolder",
+    "spark", "sql", "text", "tsfile", "videofolder", "vortex", "webdataset", "xml",
+))  # fmt: skip
+"""Names that `datasets` takes for its own file readers, which read whatever lies in the working folder."""
 
 
 def calibration_source(config: JobConfig, home: Home, *, confined: bool = False) -> TextSource:
@@ -21,20 +31,18 @@ def calibration_source(config: JobConfig, home: Home, *, confined: bool = False)
     Args:
         config: The job.
         home: A relative DATA_PATH starts here.
-        confined: True for requests of the web page: DATA_PATH must lie inside the home.
+        confined: True for requests of the web page: DATA_PATH must lie inside `Settings.model_roots`.
 
     Raises:
         ConfigErrors: If DATA_PATH does not exist. There is no silent fall-back to a download.
     """
     path: Path | None = None
     if config.DATA_PATH:
-        path = home.root / Path(config.DATA_PATH).expanduser()
-        if confined and not path.resolve().is_relative_to(home.root):
-            message = f"found {config.DATA_PATH!r}; from this page only data inside {home.root} can be used"
-            raise ConfigErrors([ConfigError(message, key="DATA_PATH", value=config.DATA_PATH)])
-        if not path.exists():
-            message = f"found {config.DATA_PATH!r}, but {path} does not exist; leave it empty to use DATASET_NAME"
-            raise ConfigErrors([ConfigError(message, key="DATA_PATH", value=config.DATA_PATH)])
+        wanted = f"a {', '.join(FILE_KINDS)} file or a saved dataset, or leave it empty to use DATASET_NAME"
+        path = local_place(config.DATA_PATH, home, key="DATA_PATH", confined=confined, wanted=wanted)
+    else:
+        _check_dataset(config.DATASET_NAME, "DATASET_NAME")
+    _check_template(config.FORMAT_STRING)
     return TextSource(
         config.DATASET_NAME,
         config.DATASET_SUBNAME,
@@ -45,10 +53,31 @@ def calibration_source(config: JobConfig, home: Home, *, confined: bool = False)
     )
 
 
+def _check_dataset(name: str | None, key: str) -> None:
+    """Refuse a dataset name that `datasets` would take for a path, an address or a reader of local files."""
+    if name is None or name == DEMO:
+        return
+    if not is_repo_id(name):
+        message = f"found {name!r}, which is no dataset id on the Hub like 'organisation/name'; give files by DATA_PATH"
+        raise ConfigErrors([ConfigError(message, key=key, value=name)])
+    if name in READERS or os.path.lexists(name):
+        message = f"found {name!r}, which names local files and no dataset on the Hub; give files by DATA_PATH"
+        raise ConfigErrors([ConfigError(message, key=key, value=name)])
+
+
+def _check_template(template: str | None) -> None:
+    """Refuse widths and conversions in the format string: one row could be made as long as the memory."""
+    for _, name, spec, conversion in string.Formatter().parse(template or ""):
+        if spec or conversion:
+            message = f"found {{{name}}} with a width or a conversion; write only {{{name}}}"
+            raise ConfigErrors([ConfigError(message, key="FORMAT_STRING", value=template)])
+
+
 def evaluation_source(config: JobConfig) -> TextSource:
     """The text on which perplexity is measured: the one named, else the demo's or the guides' own."""
     settings = config.EVALUATION
     if settings.DATASET_NAME != AUTO:
+        _check_dataset(settings.DATASET_NAME, "EVALUATION.DATASET_NAME")
         return TextSource(settings.DATASET_NAME, settings.DATASET_SUBNAME, settings.SPLIT, (settings.TEXT_COLUMN,))
     if config.is_demo:
         return TextSource(DEMO, None, "test", ("text",))

@@ -7,40 +7,86 @@ and writes the evaluation text to a file, so that later stages need no network.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 from backend.child import run_child
 from backend.engines.llm_problems import check_llm
-from backend.errors import ModelError
+from backend.errors import CheckpointError, ModelError
 from backend.event_stream import EventWriter
+from backend.files import sha256_file
+from backend.formats.config import read_config_json
+from backend.formats.headers import has_only_pickles
 from backend.paths import Home
 from backend.quantize.recipe import Recipe
 from backend.schema import JobConfig, parse_yaml
+from backend.settings import Settings
 from backend.sources.calibration import token_sequences
 from backend.sources.messages import row_encoder
 from backend.sources.models import resolve_model
+from backend.sources.pickles import DOWNLOADED, convert
+from backend.sources.places import check_outputs
 from backend.sources.plan import calibration_source, evaluation_source
 from backend.sources.texts import read_calibration_rows, read_rows
 
 WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+BUSY_WAITS_S = (1.0, 4.0, 15.0)
+"""How long to wait before the next try when the Hub answers that it is busy or ill."""
 
 
-def download_model(repo_id: str, cache_dir: Path) -> tuple[Path, str]:
+def download_model(repo_id: str, cache_dir: Path, *, allow_pickle: bool = False) -> tuple[Path, str]:
     """Fetch a model from the Hub, without pickles and code.
+
+    Args:
+        repo_id: Its name.
+        cache_dir: Where downloads are kept.
+        allow_pickle: Fetch the pickle files of a model that has no others.
 
     Returns:
         The snapshot folder and its commit.
 
     Raises:
         ModelError: If it does not exist, is gated, or the network is down; the message says which.
+        CheckpointError: If a file arrives broken twice.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    def snapshot(patterns: list[str], revision: str | None = None) -> Path:
+        for wait_s in (*BUSY_WAITS_S, None):
+            try:
+                found = snapshot_download(repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
+            except HfHubHTTPError as error:
+                status = error.response.status_code if error.response is not None else 0
+                if wait_s is None or not (status == 429 or status >= 500):
+                    raise
+                time.sleep(wait_s)
+            else:
+                return Path(found)
+        raise AssertionError("the last turn returns or raises")
+
+    def fetch() -> Path:
+        folder = snapshot(WANTED_FILES)
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            snapshot(DOWNLOADED, folder.name)
+        return folder
+
     try:
-        folder = Path(snapshot_download(repo_id, cache_dir=cache_dir, allow_patterns=WANTED_FILES))
+        folder = fetch()
+        if broken := _broken_files(folder):
+            for path in broken:
+                path.resolve().unlink()
+                path.unlink()
+            folder = fetch()
+            if broken := _broken_files(folder):
+                raise CheckpointError(
+                    f"MODEL: {broken[0].name} of {repo_id} was downloaded twice and each time is not what the Hub says "
+                    "it is (its checksum differs); check the network or the mirror, then start the job again"
+                )
     except GatedRepoError:
         raise ModelError(
             f"MODEL: {repo_id} is gated: accept its licence on its Hub page, then log in with `hf auth login`"
@@ -57,6 +103,26 @@ def download_model(repo_id: str, cache_dir: Path) -> tuple[Path, str]:
     return folder, folder.name
 
 
+def _broken_files(folder: Path) -> list[Path]:
+    """Files of a snapshot that are not what their checksum says: cut or changed on the way, or on the disk since.
+
+    The Hub's cache names each file by its checksum: SHA-256 for large files, git's SHA-1 for the others.
+    """
+    broken = []
+    for path in sorted(folder.rglob("*")):
+        blob = path.resolve()
+        if not path.is_symlink() or not blob.is_file() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+            continue
+        if len(blob.name) == 64:
+            found = sha256_file(blob)
+        else:
+            content = blob.read_bytes()
+            found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        if found != blob.name:
+            broken.append(path)
+    return broken
+
+
 def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """Do the stage.
 
@@ -71,6 +137,8 @@ def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """
     home = Home.at(request["home"])
     config = parse_yaml(request["config"]).config
+    check_outputs(config, home)
+    allow_pickle = Settings.load(home).models.allow_pickle
     out = Path(request["out"])
     out.mkdir(parents=True, exist_ok=True)
 
@@ -79,7 +147,10 @@ def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     commit = None
     model_dir = source.path
     if model_dir is None:
-        model_dir, commit = download_model(source.id, home.cache_dir(config) / "hub")
+        model_dir, commit = download_model(source.id, home.cache_dir(config) / "hub", allow_pickle=allow_pickle)
+    if allow_pickle and has_only_pickles(model_dir):
+        events.note(stage="download", message="the weights are stored as pickle: converting them to safetensors")
+        model_dir = convert(model_dir, out / "model", out)
 
     _check_model(model_dir, config)
 
@@ -139,10 +210,12 @@ def _check_model(model_dir: Path, config: JobConfig) -> None:
 def _tokenizer(model_dir: Path) -> Any:
     from transformers import AutoTokenizer
 
+    read_config_json(model_dir)  # refuses files that ask for code
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{model_dir} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the tokenizers package raises plain Exception for a broken file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{model_dir} has no usable tokenizer: {reason}") from None
 
 
 def _save_tokens(sequences: list[list[int]], path: Path) -> Path:

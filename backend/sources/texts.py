@@ -141,7 +141,19 @@ def _records(source: TextSource, cache_dir: Path | None) -> Iterable[dict[str, A
     reader = readers.get(source.path.suffix.lower())
     if reader is None:
         raise DataError(f"DATA_PATH: found {source.path.name}; a file must be one of {', '.join(FILE_KINDS)}")
-    return reader(source.path)
+    if not source.path.is_file():
+        raise DataError(f"DATA_PATH: {source.path} is not a regular file")
+    return _readable(reader(source.path), source.path)
+
+
+def _readable(rows: Iterator[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
+    """The rows, with what goes wrong in a file said in words."""
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except (csv.Error, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

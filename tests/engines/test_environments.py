@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -9,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from backend.engines import environments, uv
@@ -110,6 +113,99 @@ def test_a_killed_build_is_not_used_and_is_made_afresh(tmp_path: Path) -> None:
     assert any("unfinished" in line for line in lines)
     assert toy.ready() is not None
     assert not rest.exists()
+
+
+def builder(toy: Environment, log: Path, **variables: str) -> subprocess.Popen[bytes]:
+    """A process that builds the toy and writes its lines to `log`."""
+    code = (
+        "import sys; from pathlib import Path; from backend.engines.environments import Environment, build\n"
+        f"build(Environment(Path({str(toy.definition)!r}), Path({str(toy.root)!r})), lambda l: print(l, flush=True))"
+    )
+    with open(log, "wb") as out:
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdout=out, stderr=subprocess.STDOUT, cwd=PROJECT,
+            env={**os.environ, **variables},
+        )  # fmt: skip
+
+
+def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def test_killed_while_uv_installs_another_process_takes_over(toy: Environment, tmp_path: Path) -> None:
+    hold, log = tmp_path / "hold", tmp_path / "second.log"
+    reached = tmp_path / "hold.reached"
+    hold.touch()
+    first = builder(toy, tmp_path / "first.log", TOY_HOLD=str(hold))
+    second = None
+    try:
+        wait_for(reached.exists)
+        programs = psutil.Process(first.pid).children()
+        assert [program.name() for program in programs] == ["uv"]
+        second = builder(toy, log)
+        wait_for(lambda: b"waiting for it" in log.read_bytes())
+        assert toy.ready() is None
+        first.kill()
+        first.wait(60)
+        gone, alive = psutil.wait_procs(programs, timeout=60)
+        assert (len(gone), alive) == (1, []), "a uv that goes on would spoil the next build"
+        assert second.wait(120) == 0, log.read_text()
+    finally:
+        hold.unlink()  # lets an orphaned build of the source package end
+        for process in (first, second):
+            if process is not None:
+                process.kill()
+                process.wait()
+    text = log.read_text()
+    assert "an unfinished build is in" in text
+    assert "toy answers 42" in text
+    assert toy.ready() is not None
+    assert run(toy.python, "import toy_engine; print(toy_engine.ANSWER)") == "42"
+
+
+def test_two_processes_at_once_build_it_once(toy: Environment, tmp_path: Path) -> None:
+    hold, reached = tmp_path / "hold", tmp_path / "hold.reached"
+    hold.touch()
+    logs = [tmp_path / f"{number}.log" for number in range(3)]
+    processes = [builder(toy, logs[0], TOY_HOLD=str(hold))]
+    try:
+        wait_for(reached.exists)
+        processes += [builder(toy, log, TOY_HOLD=str(hold)) for log in logs[1:]]
+        for log in logs[1:]:
+            wait_for(lambda log=log: b"waiting for it" in log.read_bytes())
+        hold.unlink()
+        assert [process.wait(120) for process in processes] == [0, 0, 0]
+    finally:
+        hold.unlink(missing_ok=True)
+        for process in processes:
+            process.kill()
+            process.wait()
+    texts = [log.read_text() for log in logs]
+    assert [text.count("building toy in") for text in texts] == [1, 0, 0]
+    assert all("was built by another process" in text for text in texts[1:])
+
+
+@pytest.mark.parametrize("marker", ["", "[]", "3", "null", "{}", '{"hash": 3}', "\xff"])
+def test_a_marker_that_says_nothing_is_no_marker(toy: Environment, marker: str) -> None:
+    toy.python.parent.mkdir(parents=True)
+    toy.python.touch()
+    (toy.folder / READY).write_bytes(marker.encode("latin-1"))
+    assert toy.ready() is None
+
+
+def test_the_marker_is_written_last(toy: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(environments, "write_json", full)
+    with pytest.raises(EngineError, match="No space left on device.*not used"):
+        build(toy, nothing)
+    assert run(toy.python, "import toy_engine") == ""  # all is there but the marker
+    assert toy.ready() is None
+    monkeypatch.undo()
 
 
 def test_a_failing_probe_leaves_it_unusable(tmp_path: Path) -> None:

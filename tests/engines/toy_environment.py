@@ -11,10 +11,14 @@ from pathlib import Path
 from backend.engines.environments import Environment
 
 BUILDER = """
-import zipfile
+import os, time, zipfile
 
 def build_wheel(folder, config_settings=None, metadata_directory=None):
     import toy_library  # what is installed is there at build time: no isolation
+    if hold := os.environ.get("TOY_HOLD"):
+        open(hold + ".reached", "a").close()
+        while os.path.exists(hold):  # a test decides how long the build takes
+            time.sleep(0.05)
     name = "toy_engine-1.0-py3-none-any.whl"
     with zipfile.ZipFile(f"{folder}/{name}", "w") as wheel:
         wheel.writestr("toy_engine.py", "import toy_library\\nANSWER = toy_library.ANSWER + 1\\n")

@@ -85,7 +85,7 @@ def test_refuses_a_huge_header_without_reading_it(tmp_path: Path) -> None:
     with open(tmp_path / SINGLE_FILE, "wb") as file:
         file.write(struct.pack("<Q", 2**31))
         file.truncate(2**32)  # sparse
-    with pytest.raises(CheckpointError, match="at most 100000000"):
+    with pytest.raises(CheckpointError, match="at most 40000000"):
         read_headers(tmp_path)
 
 

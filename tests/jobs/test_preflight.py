@@ -60,7 +60,7 @@ def test_the_page_is_confined_to_the_home(home, tmp_path):
     model = copy_model(tmp_path / "outside")
     config = parse_yaml(demo_text(MODEL=str(model))).config
     assert check_job(config, home).model.kind == "local"
-    with pytest.raises(ConfigErrors, match="only folders inside"):
+    with pytest.raises(ConfigErrors, match="from this page only what lies inside"):
         check_job(config, home, confined=True)
 
 

@@ -14,12 +14,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def hub_server(repos: dict[str, Path], *, gated: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
+def hub_server(
+    repos: dict[str, Path], *, gated: tuple[str, ...] = (), faults: list[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Serve folders as model repositories.
 
     Args:
         repos: Repository id to folder.
         gated: Ids that answer as gated repositories do.
+        faults: What goes wrong with the next requests for a weight file, in turn: `cut` (the connection ends half
+            way), `wrong` (other bytes of the same number), `503`, `429`.
 
     Yields:
         The endpoint, and a growing list of the requested paths.
@@ -50,7 +54,16 @@ def hub_server(repos: dict[str, Path], *, gated: tuple[str, ...] = ()) -> Iterat
                 return self.send(404, {"X-Error-Code": "EntryNotFound"}, b"", body)
             data = file.read_bytes()
             etag = f'"{hashlib.sha256(data).hexdigest()}"'
-            return self.send(200, {"ETag": etag, "X-Repo-Commit": COMMIT}, data, body)
+            headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            fault = faults.pop(0) if faults and body and file.suffix == ".safetensors" else ""
+            if fault.isdigit():
+                return self.send(int(fault), {"Retry-After": "1"}, b"", body)
+            if fault == "wrong":
+                data = bytes(byte ^ 1 for byte in data)
+            start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+            if "Range" in self.headers:
+                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            return self.send(206 if "Range" in self.headers else 200, headers, data[start:], body, cut=fault == "cut")
 
         def info(self, rest: str) -> None:
             repo = rest.partition("/revision/")[0].partition("/tree/")[0]
@@ -65,14 +78,15 @@ def hub_server(repos: dict[str, Path], *, gated: tuple[str, ...] = ()) -> Iterat
             answer = {"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "siblings": files}
             return self.send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), True)
 
-        def send(self, status: int, headers: dict[str, str], data: bytes, body: bool) -> None:
+        def send(self, status: int, headers: dict[str, str], data: bytes, body: bool, cut: bool = False) -> None:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if body:
-                self.wfile.write(data)
+                self.wfile.write(data[: len(data) // 2] if cut else data)
+                self.close_connection = True
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

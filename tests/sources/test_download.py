@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,32 @@ def test_missing_and_gated_models_say_what_to_do(repo, tmp_path):
     with hub_server({}, gated=("team/gated",)) as (endpoint, _):
         assert "the Hub has no model team/absent" in download(endpoint, "team/absent", tmp_path)[0]
         assert "team/gated is gated: accept its licence" in download(endpoint, "team/gated", tmp_path)[0]
+
+
+def test_a_file_that_was_spoilt_on_the_disk_is_fetched_again(repo, tmp_path):
+    with hub_server({"team/small": repo}) as (endpoint, asked):
+        folder, _ = download(endpoint, "team/small", tmp_path)
+        blob = Path(folder, "model.safetensors").resolve()
+        blob.write_bytes(b"WEIGHTS")  # of the same size, so that only its checksum tells
+        asked.clear()
+        assert download(endpoint, "team/small", tmp_path)[0] == folder
+        assert Path(folder, "model.safetensors").read_bytes() == b"weights"
+        assert [path for path in asked if path.endswith("model.safetensors")]
+
+
+@pytest.mark.parametrize("faults", [["cut"], ["503", "429"], ["wrong"], ["cut", "wrong"]])
+def test_what_goes_wrong_once_on_the_way_is_mended(repo, tmp_path, faults):
+    left = list(faults)
+    with hub_server({"team/small": repo}, faults=left) as (endpoint, _):
+        folder, *_rest = download(endpoint, "team/small", tmp_path)
+        assert Path(folder, "model.safetensors").read_bytes() == b"weights", folder
+    assert left == []
+
+
+def test_a_file_that_is_never_what_it_should_be_is_not_used(repo, tmp_path):
+    with hub_server({"team/small": repo}, faults=["wrong"] * 20) as (endpoint, _):
+        (message,) = download(endpoint, "team/small", tmp_path)
+    assert "model.safetensors of team/small was downloaded twice" in message
 
 
 def test_without_network_it_says_so(tmp_path):
