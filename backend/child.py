@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ from backend.errors import ConfigError, QuantdeckError
 from backend.event_stream import EventWriter, Progress
 from backend.files import read_request, write_json
 from backend.process import die_with_starter
+
+INTERRUPTED_EXIT = 128 + signal.SIGINT
 
 Program = Callable[[dict[str, Any], EventWriter], dict[str, Any]]
 """Takes the request and the event writer, returns the result."""
@@ -35,9 +38,13 @@ def run_child(program: Program) -> None:
     parser.add_argument("result", type=Path, help="JSON file to write")
     options = parser.parse_args()
     die_with_starter()
+    # A shell that starts a dashboard in the background has SIGINT ignored in everything below it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     events = EventWriter.claim_stdout()
     try:
         write_json(options.result, program(read_request(options.request), events))
+    except KeyboardInterrupt:  # the runner asks to stop: what is finished is on the disk already
+        sys.exit(INTERRUPTED_EXIT)
     except Exception as error:  # the frame of the program: everything ends as an event, with its trace in the log
         sys.exit(_tell(error, events, options.result.parent))
 

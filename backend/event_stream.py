@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from backend.jobs.redact import redact_all
+
 Progress = Callable[[int, int, str], None]
 """Called with (step, total, message) while something is being measured."""
 
@@ -39,12 +41,12 @@ class EventWriter:
         return cls(os.fdopen(own, "w", encoding="utf-8", buffering=1))
 
     def send(self, event: dict[str, Any]) -> None:
-        """Write one event as it is.
+        """Write one event, without the secrets that its texts may hold.
 
         Raises:
             BrokenPipeError: If the reader has gone.
         """
-        line = json.dumps(event, ensure_ascii=False)
+        line = json.dumps(redact_all(event), ensure_ascii=False)
         with self._lock:
             self._stream.write(line + "\n")
             self._stream.flush()

@@ -1,5 +1,9 @@
 """Event and log files are read by cursor, whole lines only."""
 
+import os
+import subprocess
+import sys
+
 from backend.jobs.events import end_torn_line, read_events, read_lines
 from backend.jobs.follow import progress_line
 
@@ -59,3 +63,22 @@ def test_a_line_of_progress_names_configuration_layer_errors_and_what_was_recove
     unknown = {**event, "error": None, "rtn_error": None, "configuration": None, "notes": []}
     assert progress_line(unknown) == "    quantize  2/6  model.layers.1"
     assert progress_line({"stage": "error", "message": "x"}) == ""
+
+
+def test_the_event_of_an_error_holds_no_secret(tmp_path):
+    """A program's events go from its standard output right to the file: they must be clean when they leave it."""
+    token = "hf_" + "QdTestTokenNotReal0123456789abcdef"  # made up
+    code = (
+        "import os\nfrom backend.event_stream import EventWriter\n"
+        "events = EventWriter.claim_stdout()\n"
+        "events.note(stage='prepare', message='with ' + os.environ['QD_TEST_PASSWORD'], notes=[os.environ['T']])\n"
+        "events.error(ValueError('x'), f\"401 at https://u:{os.environ['T']}@x.example/\")\n"
+    )
+    path = tmp_path / "events.jsonl"
+    with open(path, "wb") as out:
+        variables = {**os.environ, "T": token, "QD_TEST_PASSWORD": "not, a real one"}
+        subprocess.run([sys.executable, "-c", code], stdout=out, env=variables, check=True)
+    note, error = read_events(path)[0]
+    assert (note["message"], note["notes"]) == ("with [redacted]", ["[redacted]"])
+    assert error["message"] == "401 at https://[redacted]@x.example/" and error["kind"] == "ValueError"
+    assert token.encode() not in path.read_bytes()
