@@ -1,28 +1,30 @@
-"""What pages and commands do with jobs: submit, cancel, clone, follow, and find those whose runner died."""
+"""What pages and commands do with jobs: submit, cancel, resume, clone, follow, and see that the scheduler runs."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from backend.errors import JobError
-from backend.jobs.events import read_events, read_lines
+from backend.jobs import logtail
+from backend.jobs.events import read_events
 from backend.jobs.preflight import check_job
+from backend.jobs.states import ACTIVE
 from backend.jobs.store import Job, JobStore
 from backend.paths import HOME_VARIABLE, PROJECT, Home
-from backend.process import lock_is_held
+from backend.process import JOB_VARIABLE, PARENT_VARIABLE, lock_is_held
 from backend.schema import Document, parse_yaml
 
-LAUNCH_GRACE_S = 20.0
-LOG_TAIL_BYTES = 200_000
+OUT_BYTES = 1_000_000
+RUNNER = "backend.jobs.runner"
+SCHEDULER = "backend.jobs.scheduler"
 
 
 def submit(home: Home, text: str, *, confined: bool = False) -> Job:
-    """Check a job file, add the job and start its runner.
+    """Check a job file, queue the job and see that the scheduler runs.
 
     Args:
         home: The home.
@@ -35,52 +37,103 @@ def submit(home: Home, text: str, *, confined: bool = False) -> Job:
     document = parse_yaml(text)
     checked = check_job(document.config, home, confined=confined)
     job = JobStore(home).create(document.dump(), document.config, device=checked.device)
-    launch(home, job.uid)
+    ensure_scheduler(home)
     return job
 
 
-def launch(home: Home, uid: str) -> None:
-    """Start the runner of a job, in a session of its own so that it survives this process."""
+def launch(home: Home, uid: str, attempt: int) -> subprocess.Popen[bytes]:
+    """Start the runner of an attempt, in a session of its own so that it survives this process."""
     run_dir = home.run_dir(uid)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "runner.out", "ab") as out:
-        subprocess.Popen(
-            [sys.executable, "-m", "backend.jobs.runner", str(home.root), uid],
-            stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=PROJECT, start_new_session=True,
-            env={**os.environ, HOME_VARIABLE: str(home.root)},
+    argv = [sys.executable, "-m", RUNNER, str(home.root), uid, str(attempt)]
+    return _detached(home, argv, run_dir / "runner.out", {JOB_VARIABLE: f"{uid}:{attempt}"})
+
+
+def scheduler_lock(home: Home) -> Path:
+    """The lock that the scheduler of a home holds while it works."""
+    return home.private / "scheduler.lock"
+
+
+def ensure_scheduler(home: Home) -> bool:
+    """Start the scheduler, in a session of its own, if none works; returns True if one was started.
+
+    Two that are started at once do no harm: the second finds the lock taken and ends.
+    """
+    if lock_is_held(scheduler_lock(home)):
+        return False
+    home.private.mkdir(parents=True, exist_ok=True)
+    _detached(home, [sys.executable, "-m", SCHEDULER, str(home.root)], home.private / "scheduler.out", {})
+    return True
+
+
+def watch(home: Home) -> bool:
+    """Start the scheduler if there are active jobs and none works; returns True if one was started.
+
+    Whoever looks at jobs calls this now and then: a scheduler that was killed is replaced so.
+    """
+    if lock_is_held(scheduler_lock(home)) or not JobStore(home).count(states=ACTIVE):
+        return False
+    return ensure_scheduler(home)
+
+
+def _detached(home: Home, argv: list[str], out: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a process that belongs to nobody; what it prints goes to a file that does not grow for ever."""
+    # The caller may be a job's runner at its end: what it starts here is no part of that job.
+    inherited = {k: v for k, v in os.environ.items() if k not in (JOB_VARIABLE, PARENT_VARIABLE)}
+    mode = "wb" if out.exists() and out.stat().st_size > OUT_BYTES else "ab"
+    with open(out, mode) as file:
+        return subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=PROJECT, start_new_session=True,
+            env={**inherited, HOME_VARIABLE: str(home.root), **variables},
         )  # fmt: skip
 
 
-def cancel(home: Home, uid: str) -> Job:
-    """Ask for the end of a job; a queued one ends at once, a running one within seconds.
+def cancel(home: Home, uid: str, *, actor: str = "user") -> Job:
+    """Ask for the end of a job; a waiting one ends at once, a running one within seconds.
+
+    Args:
+        home: The home.
+        uid: The job.
+        actor: Who asks, for the job's history.
 
     Raises:
         JobError: If it already has reached a final state.
     """
     store = JobStore(home)
     job = store.get(uid)
-    for target, reason in (("cancelled", "cancelled before it started"), ("cancelling", "cancel requested")):
-        origin: Any = "queued" if target == "cancelled" else "running"
-        if store.move(job.uid, target, actor="user", attempt=job.attempt, reason=reason, only_from=origin):  # type: ignore[arg-type]
+    while job.is_active and job.state != "cancelling":
+        waits = job.state in ("queued", "lost")
+        reason = "cancelled before it started" if job.state == "queued" else "cancel requested"
+        if store.move(
+            job.uid, "cancelled" if waits else "cancelling", actor=actor, attempt=job.attempt, reason=reason,
+            outcome="cancelled" if waits else None, only_from=job.state,
+        ):  # fmt: skip
+            watch(home)  # it tells when the runner is gone, too
             return store.get(job.uid)
-    job = store.get(job.uid)
+        job = store.get(job.uid)  # another change came first
     if not job.is_active:
         raise JobError(f"job {job.job_id} is already {job.state}; there is nothing to cancel")
     return job
 
 
-def resume(home: Home, uid: str) -> Job:
-    """Queue a failed or cancelled job again and start its runner; what is finished is not done twice.
+def resume(home: Home, uid: str, redo: str = "", *, actor: str = "user") -> Job:
+    """Queue a failed or cancelled job again; what is finished is not done twice.
+
+    Args:
+        home: The home.
+        uid: The job.
+        redo: `measure` to measure again what was measured; then a job that succeeded can be queued, too.
+        actor: Who asks, for the job's history.
 
     Raises:
-        JobError: If the job is active, or has succeeded.
+        JobError: If the job is active, or has succeeded and nothing is to be done again.
     """
     store = JobStore(home)
     job = store.get(uid)
-    if not store.resume(job.uid, actor="user", attempt=job.attempt):
+    if not store.resume(job.uid, actor=actor, attempt=job.attempt, redo=redo):
         job = store.get(job.uid)
         raise JobError(f"job {job.job_id} is {job.state}; only a failed or cancelled job can be resumed")
-    launch(home, job.uid)
+    ensure_scheduler(home)
     return store.get(job.uid)
 
 
@@ -100,13 +153,13 @@ def log_path(home: Home, uid: str) -> Path:
     return home.log_file(parse_yaml(JobStore(home).get(uid).config_yaml).config)
 
 
-def tail_log(home: Home, uid: str, cursor: int | None = None) -> tuple[list[str], int]:
-    """Lines of the log after a cursor; the last 200 kB if there is none yet.
+def tail_log(home: Home, uid: str, cursor: str | None = None) -> tuple[list[str], str]:
+    """Lines of the log after a cursor, over its rotated files; the last of them if there is none yet.
 
     Returns:
         The lines and the cursor for the next call.
     """
-    return read_lines(log_path(home, uid), -LOG_TAIL_BYTES if cursor is None else cursor)
+    return logtail.tail(log_path(home, uid), cursor)
 
 
 def events(home: Home, uid: str, cursor: int = 0) -> tuple[list[dict[str, Any]], int]:
@@ -133,35 +186,3 @@ def layer_errors(home: Home, uid: str) -> list[dict[str, Any]]:
             errors = {"error": event["error"], "rtn_error": event.get("rtn_error")}
             found[name, layer] = {"configuration": name, "layer": layer, **errors, "notes": event.get("notes") or []}
     return list(found.values())
-
-
-def reconcile(home: Home, *, besides: str | None = None) -> list[str]:
-    """Find active jobs whose runner is gone. Running ones failed; queued ones get a new runner.
-
-    Args:
-        home: The home.
-        besides: A job to leave alone (the caller's own).
-
-    Returns:
-        The uids of jobs that were changed.
-    """
-    store = JobStore(home)
-    changed = []
-    for job in store.jobs(states=("queued", "running", "cancelling")):
-        if job.uid == besides or lock_is_held(home.run_dir(job.uid) / "runner.lock"):
-            continue
-        if job.state == "queued":
-            age = (datetime.now(UTC) - datetime.fromisoformat(job.created_at)).total_seconds()
-            if age > LAUNCH_GRACE_S:
-                launch(home, job.uid)
-                changed.append(job.uid)
-            continue
-        stage = job.progress.get("stage", "start")
-        kept = f" The quantized model is saved in {job.artefact}." if job.artefact else ""
-        reason = (
-            f"the runner process died during stage '{stage}' (killed, or the machine was restarted).{kept} "
-            "Resume the job to go on where it stopped"
-        )
-        if store.move(job.uid, "failed", actor="reconcile", attempt=job.attempt, reason=reason):
-            changed.append(job.uid)
-    return changed

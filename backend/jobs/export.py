@@ -20,6 +20,7 @@ from backend.schema.fields import each
 
 TARGETS = ("yaml", "nyuntam", "llmcompressor", "command")
 OWN_AWQ_KEYS = ("ENGINE", "FORMAT")
+OWN_KEYS = ("PRIORITY", "MAX_ATTEMPTS", "TIME_LIMIT_HOURS")
 HEAD = "lm_head"
 
 Modifiers = dict[str, dict[str, Any]]
@@ -83,8 +84,8 @@ def _nyuntam(document: Document, config: JobConfig) -> str:
             )
         if isinstance(getattr(settings, key), tuple):
             document.set(("llm", "AutoAWQ", key), values[0])
-    for section in SECTIONS:
-        document.remove((section,))
+    for key in (*SECTIONS, *OWN_KEYS):
+        document.remove((key,))
     for key in OWN_AWQ_KEYS:
         document.remove(("llm", "AutoAWQ", key))
     return document.dump()

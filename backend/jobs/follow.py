@@ -6,12 +6,12 @@ import sys
 import time
 from typing import Any
 
-from backend.jobs.control import cancel, events, reconcile
-from backend.jobs.store import Job, JobStore
+from backend.jobs.control import cancel, events, watch
+from backend.jobs.store import Job, JobStore, StoreBusyError
 from backend.paths import Home
 
 POLL_S = 0.3
-RECONCILE_EVERY_S = 5.0
+WATCH_EVERY_S = 2.0
 LINE_EVERY_S = 3.0
 
 
@@ -25,7 +25,8 @@ def follow(home: Home, uid: str, cursor: int = 0) -> Job:
         uid: The job.
         cursor: Where to start in its events; of a resumed job, after those of its earlier attempts.
     """
-    store, reconciled, show = JobStore(home), time.monotonic(), _Printer()
+    store, watched, show = JobStore(home), 0.0, _Printer()
+    job = store.get(uid)
     while True:
         try:
             job = store.get(uid)
@@ -34,12 +35,16 @@ def follow(home: Home, uid: str, cursor: int = 0) -> Job:
                 show.event(event)
             if job.state == "queued" and job.reason:
                 show.line(job.reason)
+            if job.stalled:
+                show.line("the runner gives no sign of life; it may have been stopped, or the disk does not answer")
             if not job.is_active:
                 return job
-            if time.monotonic() - reconciled > RECONCILE_EVERY_S:
-                reconcile(home)
-                reconciled = time.monotonic()
+            if time.monotonic() - watched > WATCH_EVERY_S:
+                watch(home)
+                watched = time.monotonic()
             time.sleep(POLL_S)
+        except StoreBusyError as error:
+            show.line(f"{error.message}; trying again")
         except KeyboardInterrupt:
             print("cancelling ...", file=sys.stderr, flush=True)
             if job.is_active:
