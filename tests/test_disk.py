@@ -10,7 +10,7 @@ import pytest
 
 from backend.disk import BALLAST_BYTES, NO_SPACE_EXIT, Ballast, DiskFullError, is_disk_full, mount_point, unwritten_path
 from backend.errors import EngineError
-from backend.jobs.program import program_environment
+from backend.jobs.program import Command, program_environment
 from backend.paths import PROJECT
 
 
@@ -82,11 +82,18 @@ def test_a_program_tells_by_its_exit_code_even_if_nothing_can_be_written(tmp_pat
     assert not (tmp_path / "result.json").exists()
 
 
-def test_a_program_of_another_environment_sees_nothing_of_ours(monkeypatch):
-    for name in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME", "LD_LIBRARY_PATH", "HF_TOKEN"):
+def test_a_program_sees_an_allow_list_of_our_variables(monkeypatch):
+    for name in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME", "LD_LIBRARY_PATH", "LD_PRELOAD", "HF_TOKEN", "MY_SECRET"):
         monkeypatch.setenv(name, "/ours")
-    ours, theirs = program_environment(None, "cuda:1"), program_environment("autoawq", "cuda:1")
-    assert ours["PYTHONPATH"] == "/ours" and "/ours" not in theirs.values()
-    for environment in (ours, theirs):
-        assert environment["CUDA_VISIBLE_DEVICES"] == "1"
-        assert environment["QUANTDECK_PARENT_PID"] == str(os.getpid())
+    monkeypatch.setenv("QUANTDECK_JOB", "u:1")
+    device = {"CUDA_VISIBLE_DEVICES": "GPU-1"}
+    commands = [
+        Command(("python", "-m", "x"), environment, token)
+        for environment, token in ((None, False), ("autoawq", False), (None, True))
+    ]
+    ours, theirs, download = (program_environment(command, device) for command in commands)
+    assert "/ours" not in ours.values() and "/ours" not in theirs.values()
+    assert {k for k, v in download.items() if v == "/ours"} == {"HF_TOKEN"}
+    for environment in (ours, theirs, download):
+        assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-1" and environment["QUANTDECK_JOB"] == "u:1"
+        assert environment["QUANTDECK_PARENT_PID"] == str(os.getpid()) and environment["PATH"]

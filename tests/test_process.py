@@ -1,5 +1,6 @@
 """Locks that die with their holder, children that die with their parent, trees that end whole."""
 
+import os
 import subprocess
 import sys
 import time
@@ -8,7 +9,16 @@ import psutil
 import pytest
 
 from backend.paths import PROJECT
-from backend.process import hold_lock, lock_is_held
+from backend.process import (
+    boot_id,
+    end_leftovers,
+    hold_lock,
+    is_that_process,
+    lock_is_held,
+    process_facts,
+    processes_of,
+    start_ticks,
+)
 
 
 def until(condition, seconds=20.0):
@@ -71,13 +81,16 @@ adopt_orphans()
 process = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
 while not (Path(sys.argv[2]).exists() and Path(sys.argv[2]).read_text()):
     time.sleep(0.05)
-end_tree(process, grace_s=0.5)
+end_tree(process, grace_s=(0.5, 0.5))
 alive = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 print(len(alive))
 """
 
 
-@pytest.mark.parametrize("prelude", ["pass", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"])
+IGNORE = "signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_IGN)"
+
+
+@pytest.mark.parametrize("prelude", ["pass", IGNORE])
 def test_a_tree_ends_whole_even_if_it_ignores_signals_and_leaves_the_group(tmp_path, prelude):
     note = tmp_path / "pid"
     grandchild = (
@@ -98,3 +111,56 @@ def test_a_tree_ends_whole_even_if_it_ignores_signals_and_leaves_the_group(tmp_p
     assert finished.stdout.strip() == "0"
     pid = int(note.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_processes_of_a_job_are_found_by_their_environment_and_ended(tmp_path):
+    note = tmp_path / "pid"
+    daemon = f"import os, time; os.setsid(); open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {daemon!r}]); time.sleep(600)"
+    job = start(parent, env={**os.environ, "QUANTDECK_JOB": "u1:1"}, start_new_session=True)
+    others = [
+        start("import time; time.sleep(600)", env={**os.environ, "QUANTDECK_JOB": "u11:1"}),
+        start("import time; time.sleep(600)", env={**os.environ, "NOT_QUANTDECK_JOB": "u1:1"}),
+        start("import time; time.sleep(600)", "QUANTDECK_JOB=u1:1"),
+    ]
+    try:
+        until(lambda: note.exists() and note.read_text())
+        pids = {job.pid, int(note.read_text())}
+        until(lambda: {p.pid for p in processes_of("u1")} == pids)
+        job.kill()  # its daemon now has another parent
+        job.wait()
+        assert {p.pid for p in processes_of("u1")} == pids - {job.pid}
+        assert end_leftovers("u1") == [] and processes_of("u1") == []
+        assert start_ticks(int(note.read_text())) is None
+        assert all(other.poll() is None for other in others)
+    finally:
+        for process in (job, *others):
+            process.kill()
+            process.wait()
+        end_leftovers("u1")
+
+
+def test_a_process_that_ends_its_leftovers_stays():
+    code = (
+        "import subprocess; from backend.process import end_leftovers, is_that_process, process_facts;"
+        "child = subprocess.Popen(['sleep', '600']);"
+        "print(end_leftovers('u2'), is_that_process(process_facts(child.pid)))"
+    )
+    environment = {**os.environ, "QUANTDECK_JOB": "u2:1"}
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.split() == ["[]", "False"]
+
+
+def test_a_process_is_told_from_another_of_its_pid():
+    process = start("import time; time.sleep(600)")
+    facts = process_facts(process.pid)
+    assert is_that_process(facts) and facts["boot_id"] == boot_id() and facts["started"] > 0
+    assert not is_that_process({**facts, "started": facts["started"] - 1})
+    assert not is_that_process({**facts, "boot_id": "before the restart"})
+    process.kill()
+    until(lambda: not is_that_process(facts))  # a zombie, not waited for yet, counts as ended
+    process.wait()
+    assert not is_that_process(facts) and process_facts(process.pid)["started"] is None
+    assert process_facts()["pid"] == os.getpid() and is_that_process(process_facts())

@@ -75,8 +75,8 @@ def baseline_key(run: Run) -> str:
 
 
 def evaluate_baseline(run: Run) -> Command | None:
-    """The program, or none if the same baseline was measured in the same way before."""
-    cached = cache.lookup(run.home.evaluation_cache(), baseline_key(run))
+    """The program, or none if the same baseline was measured in the same way before and need not be again."""
+    cached = None if run.keeps_models else cache.lookup(run.home.evaluation_cache(), baseline_key(run))
     if cached is not None:
         write_json(run.result_file("evaluate_baseline"), cached)
         return None

@@ -6,21 +6,21 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backend.disk import NEARLY_FULL, NO_SPACE_EXIT, DiskFullError, free_bytes
-from backend.engines.environments import environment_variables
-from backend.errors import EngineError
-from backend.jobs.devices import device_environment
-from backend.jobs.events import end_torn_line, read_events, read_lines
+from backend.engines.environments import environment_variables, own_variables
+from backend.jobs.events import end_torn_line, read_events
+from backend.jobs.logs import LogPump, LogWriter
+from backend.jobs.outcomes import StageError, classify, memory_kills
+from backend.jobs.redact import redact
 from backend.paths import PROJECT
-from backend.process import PARENT_VARIABLE, QUIET_THREADS, end_tree
+from backend.process import PARENT_VARIABLE, QUIET_THREADS, die_first_of_all, end_descendants, end_tree
 
 POLL_S = 0.2
-CANCEL_GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,12 @@ class Command:
     Attributes:
         argv: The Python, `-m`, the module, the request's file and the result's.
         environment: The environment of its own that this Python belongs to; None if it is ours.
+        hub_token: Whether it may see the token for the Hub.
     """
 
     argv: tuple[str, ...]
     environment: str | None = None
+    hub_token: bool = False
 
     @property
     def module(self) -> str:
@@ -41,78 +43,115 @@ class Command:
         return self.argv[2]
 
 
-def run_program(
-    command: Command,
-    *,
-    device: str,
-    events_file: Path,
-    log_file: Path,
-    on_event: Callable[[dict[str, Any]], None],
-    on_poll: Callable[[], None],
-    writes: Callable[[], tuple[Path, int | None]],
-) -> Any:
-    """Run a program in a session of its own until it ends; an exception of a callback ends it.
+@dataclass(frozen=True)
+class Watch:
+    """What is called while a program runs. An exception of any of them ends the program.
+
+    Attributes:
+        on_event: With each event.
+        on_poll: Several times a second.
+        on_signal: With the name of each signal that is sent to end the program.
+        on_stuck: With the pids that even SIGKILL does not end, again and again: until the kernel lets go of them they
+            hold what the job was granted, so the job does not end either.
+        grace_s: With the exception that ends the program; says how long it may take after SIGINT and after SIGTERM.
+        writes: Where the program writes most, and how many bytes at most it still has to write.
+    """
+
+    on_event: Callable[[dict[str, Any]], None]
+    on_poll: Callable[[], None]
+    on_signal: Callable[[str], None]
+    on_stuck: Callable[[list[int]], None]
+    grace_s: Callable[[BaseException], Sequence[float]]
+    writes: Callable[[], tuple[Path, int | None]]
+
+
+def run_program(command: Command, *, device: Mapping[str, str], events_file: Path, log: LogWriter, watch: Watch) -> Any:
+    """Run a program in a session of its own until it ends, and see to it that nothing of it stays behind.
 
     Args:
         command: The program.
-        device: `cpu` or `cuda:N`; the program sees that one alone.
+        device: The environment variables that show it the job's devices alone.
         events_file: Takes its standard output; its events are appended.
-        log_file: Takes its standard error.
-        on_event: Called with each event.
-        on_poll: Called several times a second.
-        writes: Where the program writes most, and how many bytes at most it still has to write.
+        log: Takes its standard error.
+        watch: What is called meanwhile.
 
     Returns:
         Its resource usage (`resource.struct_rusage`).
 
     Raises:
-        EngineError: If it failed, with its own reason or the end of its log.
+        StageError: If it failed, with its own reason or the end of its log.
         DiskFullError: If that was for lack of disk space.
     """
     cursor = end_torn_line(events_file)
-    log_start = log_file.stat().st_size
-    with open(events_file, "ab") as out, open(log_file, "ab") as err:
-        process = subprocess.Popen(
-            command.argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=PROJECT, start_new_session=True,
-            env=program_environment(command.environment, device),
-        )  # fmt: skip
-    error = None
-    try:
-        while True:
-            done, status, usage = os.wait4(process.pid, os.WNOHANG)
-            events, cursor = read_events(events_file, cursor)
-            for event in events:
-                if event.get("stage") == "error":
-                    error = event["message"]
-                else:
-                    on_event(event)
-            if done:
-                process.returncode = os.waitstatus_to_exitcode(status)
-                break
-            on_poll()
-            time.sleep(POLL_S)
-    except BaseException:
-        end_tree(process, grace_s=CANCEL_GRACE_S)
-        raise
+    kills = memory_kills()
+    process, errors = _start(command, program_environment(command, device), events_file)
+    kind = message = ""
+    with LogPump(errors, log) as pump:
+        try:
+            while True:
+                done, status, usage = os.wait4(process.pid, os.WNOHANG)
+                events, cursor = read_events(events_file, cursor)
+                for event in events:
+                    if event.get("stage") == "error":
+                        kind, message = str(event.get("kind") or "Error"), redact(str(event.get("message") or ""))
+                    else:
+                        watch.on_event(event)
+                if done:
+                    process.returncode = os.waitstatus_to_exitcode(status)
+                    break
+                watch.on_poll()
+                time.sleep(POLL_S)
+        except BaseException as error:
+            end_tree(process, grace_s=watch.grace_s(error), on_step=watch.on_signal)
+            raise
+        finally:
+            # A program may leave daemons behind, which may hold the GPU, or the pipe of the log.
+            while left := end_descendants():
+                watch.on_stuck(left)
     code = process.returncode
     if code == NO_SPACE_EXIT or (code != 0 and free_bytes(events_file.parent) < NEARLY_FULL):
-        folder, needed = writes()
-        raise DiskFullError(error if code == NO_SPACE_EXIT and error else folder, needed)
+        folder, needed = watch.writes()
+        raise DiskFullError(message if code == NO_SPACE_EXIT and message else folder, needed)
     if code != 0:
-        raise EngineError(error or exit_reason(code, log_file, log_start))
+        tail = pump.last()
+        killed = kills is not None and (memory_kills() or 0) > kills
+        outcome = classify(code, kind=kind, message=message, tail=tail, memory_kill=killed)
+        raise StageError(message or exit_reason(code, tail, memory_kill=killed), outcome)
     return usage
 
 
-def program_environment(environment: str | None, device: str) -> dict[str, str]:
-    """The environment variables of a stage program.
+def _start(command: Command, environment: dict[str, str], events_file: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """The started program and the reading end of its standard error."""
+    reading, writing = os.pipe()
+    try:
+        with open(events_file, "ab") as out:
+            process = subprocess.Popen(
+                command.argv, stdin=subprocess.DEVNULL, stdout=out, stderr=writing, cwd=PROJECT,
+                start_new_session=True, env=environment,
+            )  # fmt: skip
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    die_first_of_all(process.pid)
+    return process, reading
+
+
+def program_environment(command: Command, device: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables of a stage program: what is allowed of ours, its devices, and its manners.
 
     Args:
-        environment: Name of its own environment, where it must not find our packages; None for ours.
-        device: `cpu` or `cuda:N`.
+        command: The program. In an environment of its own it must not find our packages.
+        device: The variables that show it the job's devices alone.
     """
+    if command.environment is None:
+        allowed = own_variables(hub_token=command.hub_token)
+    else:
+        allowed = environment_variables(command.environment)
     return {
-        **(os.environ if environment is None else environment_variables(environment)),
-        **device_environment(device),
+        **allowed,
+        **device,
         **QUIET_THREADS,
         PARENT_VARIABLE: str(os.getpid()),
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -123,11 +162,15 @@ def program_environment(environment: str | None, device: str) -> dict[str, str]:
     }
 
 
-def exit_reason(code: int, log_file: Path, log_start: int) -> str:
-    """Why a stage program ended, from its exit code and the end of what it wrote to the log."""
-    lines, _ = read_lines(log_file, log_start)
-    tail = " | ".join(line.strip() for line in lines[-3:] if line.strip())
+def exit_reason(code: int, tail: Sequence[str], *, memory_kill: bool) -> str:
+    """Why a stage program that reported no error ended, from its exit code and the end of what it wrote."""
+    lines = " | ".join(line.strip() for line in tail[-3:] if line.strip())
+    if code == -signal.SIGKILL and memory_kill:
+        return "its process was killed by the system (signal 9) because memory ran out"
+    if code < 0:
+        what = f"was ended by signal {-code} ({signal.Signals(-code).name})"
+    else:
+        what = f"ended with exit code {code} and reported no error"
     if code == -signal.SIGKILL:
-        return "its process was killed by the system (signal 9), most likely for lack of memory"
-    what = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-    return f"its process {what}. Last lines of the log: {tail or 'none'}"
+        what += "; somebody killed it, or the system did for lack of memory without telling us"
+    return f"its process {what}. Last lines of the log: {lines or 'none'}"

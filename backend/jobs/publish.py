@@ -1,4 +1,9 @@
-"""Publishing an artefact: complete with a manifest, or not at all."""
+"""Publishing an artefact: complete with a manifest, or not at all.
+
+Whatever moment the program or the machine dies at, the target either does not exist or is whole: its manifest and all
+files are on the disk before the one rename that makes it visible. An attempt that finds it there, with a manifest of
+its own job and content, goes on from that (`stages._is_published`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from typing import Any
 from backend.disk import DiskFullError, is_disk_full
 from backend.errors import JobError
 from backend.files import sha256_file, sync_path
+from backend.process import failpoint
 
 MANIFEST = "quantdeck_manifest.json"
 
@@ -32,20 +38,34 @@ def publish(staging: Path, target: Path, facts: dict[str, Any]) -> dict[str, Any
     files = sorted(p for p in staging.iterdir() if p.is_file() and p.name != MANIFEST)
     manifest = {**facts, "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files}}
     text = json.dumps(manifest, indent=2) + "\n"
+    failpoint("publish.begin")
     try:
         (staging / MANIFEST).write_text(text, encoding="utf-8")
+        failpoint("publish.manifest")
         for path in (*files, staging / MANIFEST, staging):
             sync_path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        failpoint("publish.synced")
+        _make_folders(target.parent)
     except OSError as error:
         if is_disk_full(error):
             raise DiskFullError(staging / MANIFEST, len(text.encode())) from error
         raise
     if target.exists():
         raise JobError(f"{target} already exists; the finished model stays in {staging}, nothing was overwritten")
+    failpoint("publish.ready")
     os.rename(staging, target)
+    failpoint("publish.renamed")
     sync_path(target.parent)
+    failpoint("publish.done")
     return manifest
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder and those above it, and have each new name reach the disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_path(path.parent)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from typing import Any
 from backend.engines.configurations import Configuration
 from backend.evaluate.cache import file_digest
 from backend.files import write_json
+from backend.jobs.outcomes import Outcome
 from backend.jobs.program import Command
 from backend.jobs.store import Job
 from backend.paths import Home
@@ -35,6 +36,7 @@ class Run:
             and `configurations` with the single ones.
         peak_rss_bytes: Largest resident memory of any stage's process.
         failures: Configurations that could not be measured, and why.
+        outcomes: The same as codes.
         result: What `Job.result` becomes.
     """
 
@@ -47,6 +49,7 @@ class Run:
     timings: dict[str, dict[str, Any]] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     failures: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,11 +106,11 @@ class Run:
         done = {"key": key, "result": file_digest(self.result_file(name)), "cost": cost}
         write_json(self._done_file(name), done)
 
-    def kept(self, name: str, key: str) -> Cost | None:
+    def kept(self, name: str, key: str, *, of_any_key: bool = False) -> Cost | None:
         """The cost of an earlier attempt's result if it is unchanged and of the same key, else None."""
         try:
             done = json.loads(self._done_file(name).read_text(encoding="utf-8"))
-            intact = done["key"] == key and done["result"] == file_digest(self.result_file(name))
+            intact = (of_any_key or done["key"] == key) and done["result"] == file_digest(self.result_file(name))
             return done["cost"] if intact else None
         except (OSError, ValueError, KeyError, TypeError):
             return None  # absent or damaged: the stage is done again
@@ -116,6 +119,33 @@ class Run:
         """Remove what an earlier attempt left of a stage."""
         self._done_file(name).unlink(missing_ok=True)
         self.result_file(name).unlink(missing_ok=True)
+
+    # -- measuring again
+
+    @property
+    def keeps_models(self) -> bool:
+        """Whether published models stay as they are, though packages or inputs have changed since."""
+        return self.job.redo == "measure"
+
+    @property
+    def _redo_file(self) -> Path:
+        return self.run_dir / "redo.json"
+
+    def begin_redo(self) -> None:
+        """Forget what is to be measured again, unless an attempt that died has begun with it already."""
+        if not self.keeps_models:
+            self.end_redo()
+            return
+        if self._redo_file.exists():
+            return
+        for path in self.run_dir.glob("results/*.*"):
+            if path.name.startswith(("evaluate_", "benchmark")):
+                path.unlink()
+        write_json(self._redo_file, {"since_attempt": self.job.attempt})
+
+    def end_redo(self) -> None:
+        """Note that the measuring asked for has come to an end, good or bad."""
+        self._redo_file.unlink(missing_ok=True)
 
     def note_cost(self, stage: str, cost: Cost, configuration: Configuration | None = None) -> None:
         """Add a stage's cost to the timings."""

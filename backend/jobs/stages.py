@@ -11,7 +11,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Stage:
         key: Digest of everything that the result depends on; None for a stage that is done anew by every attempt.
         intact: Whether what the stage made beside its result file still is there.
         configuration: The one that the stage is about; None if it is about the whole job.
+        makes_models: Whether it makes the models that `publish` saves.
         may_fail: Whether the job goes on with the other configurations if the stage fails.
         writes: Where the stage writes most, and the bytes that it still has to write at most; for a full disk.
     """
@@ -65,6 +66,7 @@ class Stage:
     key: Callable[[Run], str] | None = None
     intact: Callable[[Run], bool] = lambda run: True
     configuration: Configuration | None = None
+    makes_models: bool = False
     may_fail: bool = False
     writes: Callable[[Run], tuple[Path, int | None]] = lambda run: (run.run_dir, None)
 
@@ -80,8 +82,15 @@ def stages_of(run: Run) -> list[Stage]:
     stages = [
         Stage("download", "Load model and text", _download, _note_inputs, _download_key, _inputs_are_intact),
         Stage(
-            "quantize", "Quantize", _quantize, _note_quantize, _quantize_key, _models_are_there, writes=_models_to_write
-        ),
+            "quantize",
+            "Quantize",
+            _quantize,
+            _note_quantize,
+            _quantize_key,
+            _models_are_there,
+            makes_models=True,
+            writes=_models_to_write,
+        ),  # fmt: skip
         *(Stage("publish", "Save", finish=partial(_publish, configuration=c), configuration=c) for c in each),
     ]
     if measure.evaluates(run):
@@ -110,7 +119,7 @@ def _measured(run: Run, configuration: Configuration, name: str, label: str) -> 
 
 def _download(run: Run) -> Command:
     request = {"home": str(run.home.root), "config": run.job.config_yaml, "out": str(run.run_dir / "inputs")}
-    return run.program("download", PREPARE, request)
+    return replace(run.program("download", PREPARE, request), hub_token=True)
 
 
 def _download_key(run: Run) -> str:
@@ -199,11 +208,17 @@ def _quantize_key(run: Run) -> str:
 
 
 def _is_published(run: Run, configuration: Configuration) -> bool:
-    """Whether the configuration's model is in its place, made by this very work and unchanged since."""
+    """Whether the configuration's model is in its place, made by this very work and unchanged since.
+
+    To measure a model again it is enough that the job made it, with whatever versions of packages.
+    """
     target = run.target(configuration)
     manifest = read_manifest(target) or {}
-    made_here = (manifest.get("job"), manifest.get("content_key")) == (run.job.uid, _quantize_key(run))
-    return made_here and check_manifest(target) == []
+    if manifest.get("job") != run.job.uid:
+        return False
+    if not run.keeps_models and manifest.get("content_key") != _quantize_key(run):
+        return False
+    return check_manifest(target) == []
 
 
 def _models_are_there(run: Run) -> bool:

@@ -1,14 +1,24 @@
 """Stage programs that stand in for the real ones in tests of the runner: small, quick, and failing on demand.
 
-One module plays every part; the keys of a request tell which. An engine's configuration may carry `settings`:
-`die_at` (kill this process after so many layers), `full_at` (meet a full disk), `cancel_at` (sleep there), each only
-in the first attempt; `keeps_layers: false` for an engine without checkpoints.
+One module plays every part; the keys of a request tell which. An engine's configuration may carry `settings`.
+
+Trouble after so many layers, in the first attempt only unless `every_attempt` is true:
+`die_at` (with `die_by`: the name of a signal, an exit code, or `error: <message>`; SIGKILL by default),
+`full_at` (meet a full disk), `fill_at` (fill the disk, really), `sleep_at` (hang), `allocate_at` (take memory without
+end, under a limit of `limit_bytes` of address space).
+
+In every attempt: `sleep_s` (per layer), `ignore_signals` (SIGINT and SIGTERM), `leak` (start a daemon in a session of
+its own that ignores them too; `bare`: with no environment), `say` (write this to the log at every layer, `times`
+times), `keeps_layers: false` (an engine without checkpoints).
 """
 
 import hashlib
 import json
 import os
+import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -48,6 +58,7 @@ def quantize(request, events):
     state = json.loads(kept.read_text()) if kept.exists() else {"layers": 0}
     calls.write_text(json.dumps([*(json.loads(calls.read_text()) if calls.exists() else []), state["layers"]]))
     names = [c["name"] for c in request["configurations"]]
+    misbehave(run_dir, settings)
     reports = {name: [] for name in names}
     for layer in range(LAYERS):
         for name in names:
@@ -65,6 +76,9 @@ def quantize(request, events):
             events.note(stage="quantize", step=layer + 1, total=LAYERS, configuration=name, **report)
         if layer >= state["layers"] and settings.get("keeps_layers", True):
             kept.write_text(json.dumps({"layers": layer + 1}))
+        for _ in range(settings.get("times", 1) if "say" in settings else 0):
+            print(settings["say"])
+        time.sleep(settings.get("sleep_s", 0))
         trouble(run_dir, settings, layer + 1, out / names[0])
     for name in names:
         (out / name / "config.json").write_text("{}")
@@ -78,17 +92,73 @@ def quantize(request, events):
     }  # fmt: skip
 
 
+DAEMON = """
+import os, signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+if os.fork():
+    os._exit(0)
+os.setsid()
+with open(sys.argv[1], "w") as file:
+    file.write(str(os.getpid()))
+time.sleep(600)
+"""
+
+
+def misbehave(run_dir, settings):
+    if settings.get("ignore_signals"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if settings.get("leak"):
+        note = run_dir / "leaked"
+        bare = {"env": {}} if settings["leak"] == "bare" else {}
+        subprocess.run([sys.executable, "-c", DAEMON, str(note)], check=True, **bare)
+        while not (note.exists() and note.read_text()):
+            time.sleep(0.02)
+
+
 def trouble(run_dir, settings, layers, out):
+    kinds = ("die_at", "full_at", "fill_at", "sleep_at", "allocate_at")
     marker = run_dir / "had_trouble"
-    if marker.exists() or layers not in (settings.get("die_at"), settings.get("full_at"), settings.get("sleep_at")):
+    if marker.exists() and not settings.get("every_attempt"):
+        return
+    found = [kind for kind in kinds if settings.get(kind) == layers]
+    if not found:
         return
     marker.touch()
-    if layers == settings.get("die_at"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if layers == settings.get("full_at"):
-        with open("/dev/full", "wb", buffering=0) as full:
-            full.write(b"x")
-    time.sleep(600)
+    {"die_at": die, "full_at": meet_full_disk, "fill_at": fill_disk, "allocate_at": take_memory}.get(
+        found[0], lambda *_: time.sleep(600)
+    )(settings, out)
+
+
+def die(settings, out):
+    how = settings.get("die_by", "SIGKILL")
+    if isinstance(how, int):
+        os._exit(how)
+    if how.startswith("error: "):
+        raise RuntimeError(how.removeprefix("error: "))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.kill(os.getpid(), signal.Signals[how])
+    time.sleep(10)
+
+
+def meet_full_disk(settings, out):
+    with open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"x")
+
+
+def fill_disk(settings, out):
+    with open(out / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
+def take_memory(settings, out):
+    limit = settings["limit_bytes"]
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    taken = []
+    while True:
+        taken.append(bytearray(1 << 24))
 
 
 def evaluate(request, events):

@@ -1,4 +1,4 @@
-"""The real runner with the programs of `tests.jobs.fake`: `python -m tests.jobs.fake_runner HOME UID`.
+"""The real runner with the programs of `tests.jobs.fake`: `python -m tests.jobs.fake_runner HOME UID ATTEMPT`.
 
 HOME/fake.json says which configurations there are.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from backend.engines.configurations import Configuration
 from backend.engines.registry import Engine
 from backend.jobs import measure, runner, stages
+from tests.jobs.fake_scheduler import use_fakes
 
 MODULE = "tests.jobs.fake"
 ENGINE = Engine(name="fake", algorithms=(), module=MODULE, requires=(), environment=None, about="")
@@ -21,6 +22,7 @@ def configurations(config):
 
 
 if __name__ == "__main__":
+    use_fakes()
     stages.PREPARE = measure.WORKER = measure.SPEED = MODULE
     stages.engine_for = lambda config: ENGINE
     runner.configurations = configurations

@@ -1,5 +1,6 @@
 """Whole jobs through the real runner, store and stages, on the demo model."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from backend.jobs.publish import check_manifest
 from backend.jobs.results import results_of
 from backend.jobs.store import JobStore
 from backend.paths import PROJECT, Home
+from backend.process import end_leftovers, processes_of
 from tests.conftest import demo_text
 
 ENGINE = "backend.engines.native"
@@ -30,11 +32,11 @@ GUIDE_FILES = {"config.json", "generation_config.json", "model.safetensors", "to
 def cli(home, *args, **more):
     return subprocess.run(
         [sys.executable, "-m", "backend", *args, "--home", str(home.root)],
-        cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False, **more,
+        cwd=PROJECT, capture_output=True, text=True, timeout=900, check=False, **more,
     )  # fmt: skip
 
 
-def until(home, uid, condition, seconds=120.0):
+def until(home, uid, condition, seconds=400.0):
     deadline = time.monotonic() + seconds
     while True:
         job = JobStore(home).get(uid)
@@ -46,6 +48,34 @@ def until(home, uid, condition, seconds=120.0):
 
 def descendants(uid):
     return [p for p in psutil.process_iter(["cmdline"]) if uid in " ".join(p.info["cmdline"] or [])]
+
+
+def process_of(home, uid, module):
+    """The job's process that runs this module, once it does; its parent is of another module or not of the job."""
+
+    def found():
+        every = {p.pid: p for p in descendants(uid) if module in p.info["cmdline"]}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [p for p in every.values() if p.ppid() not in every]
+
+    until(home, uid, lambda job: not job.is_active or found())
+    (one,) = found()
+    return one
+
+
+@pytest.fixture
+def home(home):
+    """An empty home; nothing of it works on after the test."""
+    yield home
+    end_all(home)
+
+
+def end_all(home):
+    for process in psutil.process_iter(["cmdline"]):
+        if {"backend.jobs.scheduler", str(home.root)} <= set(process.info["cmdline"] or []):
+            process.kill()
+    for job in JobStore(home).jobs():
+        end_leftovers(job.uid)
 
 
 @pytest.fixture(scope="module")
@@ -168,34 +198,33 @@ def test_gemv_and_group_32_run_too(home):
     assert {r["metric"] for r in job.result["rows"]} == {"size", "tokens/s", "peak memory"}
 
 
-def slow_text(job_id):
+def slow_text(job_id, **more):
     """A job that is busy quantizing for a while."""
-    return demo_text(job_id, CALIBRATION={"SAMPLES": 200, "SEQUENCE_LENGTH": 512}, EVALUATION={"ENABLED": False})
+    calibration = {"SAMPLES": 200, "SEQUENCE_LENGTH": 512}
+    return demo_text(job_id, CALIBRATION=calibration, EVALUATION={"ENABLED": False}, **more)
 
 
-def test_killing_the_runner_ends_in_a_clear_state_and_leaves_no_process(home):
-    job = control.submit(home, slow_text("killed"))
-    until(home, job.uid, lambda j: j.state == "running" and j.progress.get("stage") in ("calibrate", "quantize"))
-    runner = [p for p in descendants(job.uid) if "backend.jobs.runner" in p.cmdline()]
-    children = runner[0].children(recursive=True)
+def test_killing_the_runner_leaves_no_process_and_a_job_without_attempts_left_fails(home):
+    job = control.submit(home, slow_text("killed", MAX_ATTEMPTS=1))
+    process_of(home, job.uid, ENGINE)
+    runner = process_of(home, job.uid, "backend.jobs.runner")
+    children = runner.children(recursive=True)
     assert children
-    runner[0].kill()
-    psutil.wait_procs([*runner, *children], timeout=10)
+    runner.kill()
+    ended = until(home, job.uid, lambda j: not j.is_active)
     assert not [p for p in children if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    assert control.reconcile(home) == [job.uid]
-    ended = JobStore(home).get(job.uid)
-    assert ended.state == "failed" and "the runner process died during stage" in ended.reason
+    assert (ended.state, ended.outcome) == ("failed", "runner_died")
+    assert "the runner process died" in ended.reason and "during stage" in ended.reason
     assert not (home.user_data / "jobs" / "Kompress" / "killed").exists()
-    assert control.reconcile(home) == []
+    assert JobStore(home).leases() == [] and processes_of(job.uid) == []
 
 
 def test_killing_the_stage_names_the_signal(home):
     job = control.submit(home, slow_text("stage"))
-    until(home, job.uid, lambda j: j.state == "running" and j.progress.get("stage") in ("calibrate", "quantize"))
-    (engine,) = [p for p in descendants(job.uid) if ENGINE in p.cmdline()]
-    engine.send_signal(signal.SIGKILL)
+    process_of(home, job.uid, ENGINE).kill()
     ended = until(home, job.uid, lambda j: not j.is_active)
-    assert ended.state == "failed" and "signal 9" in ended.reason and "memory" in ended.reason
+    assert (ended.state, ended.outcome) == ("failed", "engine_crashed")
+    assert "signal 9" in ended.reason and "memory" in ended.reason
 
 
 def weight_digests(folder):
@@ -215,7 +244,7 @@ TWO_METHODS = {
 def whole(tmp_path_factory):
     """A job of two configurations that nobody interrupted."""
     home = Home(tmp_path_factory.mktemp("whole"))
-    job = until(home, control.submit(home, demo_text("whole", **TWO_METHODS)).uid, lambda j: not j.is_active, 400)
+    job = until(home, control.submit(home, demo_text("whole", **TWO_METHODS)).uid, lambda j: not j.is_active)
     assert job.state == "succeeded", job.reason
     return job
 
@@ -223,21 +252,17 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("victim", [ENGINE, "backend.jobs.runner"])
 def test_a_job_killed_after_its_first_layer_goes_on_and_ends_with_the_very_same_weights(home, whole, victim):
     job = control.submit(home, demo_text("killed", **TWO_METHODS))
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not (first := control.layer_errors(home, job.uid)):
         assert time.monotonic() < deadline and JobStore(home).get(job.uid).is_active
         time.sleep(0.02)
     assert len({row["layer"] for row in first}) < 3  # the demo model has three
-    processes = descendants(job.uid)
-    (one,) = [p for p in processes if victim in p.cmdline()]
-    one.kill()
-    psutil.wait_procs(processes if victim != ENGINE else [], timeout=10)
-    if victim != ENGINE:
-        assert control.reconcile(home) == [job.uid]
-    ended = until(home, job.uid, lambda j: not j.is_active)
-    assert ended.state == "failed" and not (home.root / ended.folder).exists()
-    control.resume(home, job.uid)
-    done = until(home, job.uid, lambda j: not j.is_active, 400)
+    process_of(home, job.uid, victim).kill()
+    done = until(home, job.uid, lambda j: not j.is_active)
+    if victim == ENGINE:  # an engine that crashed may crash again: somebody has to resume the job
+        assert done.state == "failed" and not (home.root / done.folder).exists()
+        control.resume(home, job.uid)
+        done = until(home, job.uid, lambda j: not j.is_active)
     assert (done.state, done.attempt) == ("succeeded", 2), done.reason
     assert "goes on after what engine" in control.log_path(home, job.uid).read_text()
     made, expected = results_of(done.result), results_of(whole.result)
@@ -254,7 +279,7 @@ def test_cancel_while_running_and_while_queued(home):
     until(home, queued.uid, lambda j: j.reason and "waiting" in j.reason)
     assert control.cancel(home, queued.uid).state == "cancelled"
     control.cancel(home, running.uid)
-    ended = until(home, running.uid, lambda j: not j.is_active, seconds=30)
+    ended = until(home, running.uid, lambda j: not j.is_active, seconds=120)
     assert ended.state == "cancelled"
     # The runner stores the final state and then ends itself: nothing of the job may be left a moment later.
     _, alive = psutil.wait_procs(descendants(running.uid), timeout=10)
@@ -270,7 +295,7 @@ def test_the_job_goes_on_when_the_process_that_started_it_is_killed(home):
     command = [sys.executable, "-m", "backend", "run", str(path), "--home", str(home.root)]
     starter = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not home.jobs_db.exists() or not JobStore(home).jobs():
+    while not home.jobs_db.exists() or not JobStore(home).jobs(states=("running",)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     os.killpg(starter.pid, signal.SIGKILL)

@@ -1,0 +1,17 @@
+"""Jobs with fake programs."""
+
+import pytest
+
+from backend.jobs import control
+from tests.jobs import fake_scheduler
+from tests.jobs.harness import Jobs
+
+
+@pytest.fixture
+def jobs(home, monkeypatch):
+    """The jobs of an empty home, whose programs are fakes."""
+    monkeypatch.setattr(control, "RUNNER", fake_scheduler.RUNNER)
+    monkeypatch.setattr(control, "SCHEDULER", fake_scheduler.SCHEDULER)
+    made = Jobs(home)
+    yield made
+    made.end()
