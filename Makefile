@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 CONFIG ?= examples/autoawq_demo.yaml
 
-.PHONY: setup setup-dev demo app test lint bench clean
+.PHONY: setup setup-dev demo app test chaos lint bench clean
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -30,6 +30,10 @@ app: setup
 test: setup-dev
 	$(RUN) -m pytest -n 2 --dist loadfile
 
+# 200 jobs under random kill -9, for several minutes; the short form is one of the tests.
+chaos: setup-dev
+	$(RUN) -m tests.faults.chaos --jobs 200
+
 lint: setup-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -40,6 +44,7 @@ bench: setup-dev
 	$(RUN) -m benchmarks.quantizers
 	$(RUN) -m benchmarks.memory
 	$(RUN) -m benchmarks.configurations
+	$(RUN) -m benchmarks.jobs
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,136 @@
+"""The commands that make, follow, list and compare jobs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from backend.evaluate.combined import combined_table
+from backend.evaluate.compare import RENDERERS, comparison_rows
+from backend.jobs import control, export
+from backend.jobs.follow import follow
+from backend.jobs.preflight import check_job
+from backend.jobs.results import results_of
+from backend.jobs.store import Job, JobStore
+from backend.paths import Home
+from backend.schema import read_yaml
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line of standard output."""
+    print(json.dumps(value), flush=True)
+
+
+def run(args: argparse.Namespace, home: Home) -> int:
+    """Submit a job file and follow the job to its end."""
+    document = read_yaml(args.config)
+    if args.unique:
+        document = control.with_free_name(home, document)
+    for warning in document.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    job = control.submit(home, document.dump())
+    print(f"job {job.job_id} ({job.uid}) on {job.device}, log: {control.log_path(home, job.uid)}", file=sys.stderr)
+    return _outcome(follow(home, job.uid), as_json=args.json)
+
+
+def resume(args: argparse.Namespace, home: Home) -> int:
+    """Queue a job again and follow it to its end."""
+    control.watch(home)
+    before = JobStore(home).get(args.job_id)
+    events = control.events_file(home, before.uid)
+    cursor = events.stat().st_size if events.exists() else 0
+    job = control.resume(home, before.uid, redo=args.redo or "")
+    print(f"job {job.job_id} ({job.uid}) goes on, attempt {job.attempt}", file=sys.stderr)
+    return _outcome(follow(home, job.uid, cursor), as_json=args.json)
+
+
+def _outcome(job: Job, *, as_json: bool) -> int:
+    """Print how a job ended; returns the exit code."""
+    if job.reason:
+        print(f"{job.state}: {job.reason}", file=sys.stderr)
+    entries = results_of(job.result)
+    if as_json:
+        print_json(result_object(job))
+    elif job.result and "table" in job.result:
+        print(combined_table(entries) if len(entries) > 1 else job.result["table"])
+        print()
+        for entry in entries:
+            which = f" {entry['name']}" if len(entries) > 1 else ""
+            print(f"Quantized model{which}: {entry['artefact']}")
+    return 0 if job.state == "succeeded" else 1
+
+
+def result_object(job: Job) -> dict[str, Any]:
+    """A job's outcome as `run --json` prints it."""
+    result = job.result or {}
+    return {
+        "job_id": job.job_id,
+        "state": job.state,
+        "reason": job.reason,
+        "outcome": job.outcome,
+        "artefact": job.artefact,
+        "rows": result.get("rows", []),
+        "results": results_of(result),
+        "timings": result.get("timings", {}),
+        "peak_rss_bytes": result.get("peak_rss_bytes"),
+        "device": result.get("device"),
+        "versions": result.get("versions", {}),
+    }
+
+
+def validate(args: argparse.Namespace, home: Home) -> int:
+    """Check a job file without starting anything."""
+    document = read_yaml(args.config)
+    config = document.config
+    for warning in document.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    checked = check_job(config, home)
+    for note in checked.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{args.config}: valid ({config.ALGORITHM} of {config.MODEL} on {checked.device})")
+    for configuration in checked.configurations:
+        size = checked.predicted.get(configuration.name)
+        print(f"  {configuration.label}" + (f": {size / 1e6:.1f} MB of weights" if size else ""))
+    return 0
+
+
+def jobs(args: argparse.Namespace, home: Home) -> int:
+    """List jobs, newest first."""
+    control.watch(home)
+    states = tuple(dict.fromkeys(args.state or ()))
+    found = JobStore(home).jobs(states=states, limit=args.limit)
+    if args.json:
+        print_json([{k: v for k, v in vars(job).items() if k != "config_yaml"} for job in found])
+        return 0
+    if not found:
+        which = f"no {' or '.join(states)} jobs" if states else "no jobs yet"
+        print(f"{which}; `python -m backend run examples/autoawq_demo.yaml` makes one")
+    for job in found:
+        priority = f"{job.priority:>+4d}" if job.priority else "    "
+        print(f"{job.created_at[:19]}  {job.state:<10} {priority} {job.algorithm:<13} {job.job_id:<24} {job.model}")
+        if job.is_active and job.reason:
+            print(f"{'':<21}{job.reason}")
+    return 0
+
+
+def compare(args: argparse.Namespace, home: Home) -> int:
+    """Baseline against the quantized models of some jobs."""
+    store = JobStore(home)
+    rows = comparison_rows([store.get(job_id) for job_id in args.job_id])
+    print(RENDERERS[args.form](rows))
+    return 0
+
+
+def export_job(args: argparse.Namespace, home: Home) -> int:
+    """A job's settings for another program."""
+    print(export.export_text(JobStore(home).get(args.job_id).config_yaml, args.to), end="")
+    return 0
+
+
+def cancel(args: argparse.Namespace, home: Home) -> int:
+    """Ask for the end of a job."""
+    job = control.cancel(home, args.job_id)
+    print(f"job {job.job_id}: {job.state}")
+    return 0
