@@ -19,7 +19,11 @@ from ui.server import serve
 def main() -> int:
     """Parse the arguments and serve; returns the exit code."""
     parser = argparse.ArgumentParser(prog="app.py", description="Start the Quantdeck dashboard.")
-    parser.add_argument("--host", default="127.0.0.1", help="loopback address to listen on (default: 127.0.0.1)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; other than loopback ones need accounts (default: 127.0.0.1)",
+    )
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
     parser.add_argument("--home", type=Path, help="folder of jobs.db and user_data (default: QUANTDECK_HOME or here)")
     arguments = parser.parse_args()

@@ -1,101 +1,78 @@
-"""The web server around the pages: who may ask, and what an answer carries.
+"""The web server: the pages of one home behind their guards.
 
-Gradio answers any Host and any Origin, so it is mounted in a FastAPI parent that refuses foreign ones:
-without accounts, the guard below is what keeps another web site, or a DNS name pointed at 127.0.0.1, from
-driving the dashboard through the visitor's browser.
+Gradio is mounted in a FastAPI parent, and each request passes, from the outside in: the headers of every answer, the
+names we answer to, the origins that may change something, the size of a request, the list of routes, the login.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import logging
+import re
 import warnings
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
+from contextlib import asynccontextmanager, suppress
+from urllib.parse import urlsplit
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
-from fastapi.responses import FileResponse, PlainTextResponse, Response
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.responses import JSONResponse, Response
 
-from backend.errors import ConfigError, JobError
-from backend.jobs import control
-from backend.jobs.results import results_of
+from backend import accounts
+from backend.errors import ConfigError
 from backend.jobs.store import JobStore
 from backend.paths import Home
+from backend.settings import FILE_NAME, Settings, WebSettings
 from ui.chat_pair import ChatPair
+from ui.downloads import add_downloads
+from ui.guard import (
+    ACCOUNT,
+    MULTIPART_ROOM,
+    AnswerHeaders,
+    BodyLimit,
+    ForwardedHostGuard,
+    LoginGuard,
+    OriginGuard,
+    RouteGuard,
+    is_loopback,
+    own_hosts,
+    own_origins,
+)
+from ui.health import Watcher, health
+from ui.login import HERE, add_login
+from ui.sessions import Login
 from ui.site import build_site
 from ui.theme import CSS_PATH, HEAD_PATH, theme
 
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
-ANSWER_HEADERS = {
-    "X-Frame-Options": "DENY",
-    "Content-Security-Policy": "frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
+OWN_ROUTES = re.compile(r"/download/.+|/login|/login/(?:style\.css|account\.js|account)|/health")
+ACCOUNT_PATH = HERE / "account.html"
 
 log = logging.getLogger("quantdeck")
 
 
-class OriginGuard:
-    """ASGI middleware: a request that can change something must come from our own pages.
-
-    Browsers send Origin (and Sec-Fetch-Site) with every such request; programs on this machine that send
-    neither are let through, since they could open `jobs.db` as well.
-    """
-
-    def __init__(self, app: ASGIApp, own_origins: frozenset[str]) -> None:
-        self.app = app
-        self.own_origins = own_origins
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a foreign request, or pass it on and add our headers to its answer."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        if scope["method"] not in SAFE_METHODS and not self._own(Headers(scope=scope)):
-            refusal = PlainTextResponse("This request did not come from a page of this dashboard.", status_code=403)
-            await refusal(scope, receive, send)
-            return
-
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(ANSWER_HEADERS)
-            await send(message)
-
-        await self.app(scope, receive, send_guarded)
-
-    def _own(self, headers: Headers) -> bool:
-        origin = headers.get("origin")
-        if origin is not None:
-            return origin in self.own_origins
-        return headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
-
-
-def require_loopback(host: str) -> None:
-    """Refuse to listen where other machines could connect: there are no accounts yet.
+def require_safe_address(home: Home, host: str, web: WebSettings) -> None:
+    """Refuse to be reachable from other machines as long as there are no accounts.
 
     Raises:
-        ConfigError: If `host` is not a loopback address.
+        ConfigError: If `host` is not a loopback address, or a proxy is to stand in front, and there are no accounts.
     """
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if accounts.names(home):
+        return
+    how = "add one with `python -m backend accounts add NAME`"
+    if not is_loopback(host):
         raise ConfigError(
-            f"found {host!r}; the dashboard has no accounts, so it only listens on this machine: use 127.0.0.1, "
-            "and reach it from elsewhere through an SSH tunnel (ssh -L 7860:127.0.0.1:7860 this-machine)",
+            f"found {host!r}, which other machines can reach, and there are no accounts: {how}; or use 127.0.0.1, and "
+            "reach it from elsewhere through an SSH tunnel (ssh -L 7860:127.0.0.1:7860 this-machine)",
             key="--host",
             value=host,
+        )
+    if web.origins:
+        raise ConfigError(
+            f"found {list(web.origins)}, where others can reach the page, and there are no accounts: {how}",
+            key="web.origins",
+            value=web.origins,
         )
 
 
@@ -104,80 +81,104 @@ def create_app(home: Home, host: str = "127.0.0.1", port: int = 7860) -> FastAPI
 
     Args:
         home: Where jobs.db and user_data are.
-        host: Loopback address it will listen on.
-        port: Port it will listen on; with `host` it makes the list of own origins.
+        host: Address it will listen on.
+        port: Port it will listen on; with `host` and the settings it makes the list of own origins.
+
+    Raises:
+        ConfigError: If the settings or accounts cannot be read, or others could reach it without an account.
     """
-    require_loopback(host)
-    pair = ChatPair(home)
+    web = Settings.load(home).web
+    require_safe_address(home, host, web)
+    JobStore(home)  # an old or broken store is told now, not to the first visitor
+    https_hosts = frozenset(urlsplit(o).hostname or "" for o in web.origins if o.startswith("https:"))
+    reachable = not is_loopback(host) or bool(web.origins)
+    login = Login(home, web.session_hours, always=reachable, https_hosts=https_hosts, port=port)
+    pair, watcher = ChatPair(home), Watcher(home)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watcher.start()
         yield
+        watcher.stop()
         pair.unload()
 
     app = FastAPI(title="Quantdeck", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    names = sorted({*LOCAL_NAMES, host})
-    own_origins = frozenset(f"http://{name}:{port}" for name in names)
-    app.add_middleware(OriginGuard, own_origins=own_origins)
-    app.add_middleware(CORSMiddleware, allow_origins=sorted(own_origins))  # its presence turns Gradio's own off
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[n.strip("[]") for n in names])
+    site = build_site(home, pair)
+    pages = {f"/{name}" for name, *_ in site.pages}
+    hosts, origins = own_hosts(host, web.origins), own_origins(host, port, web.origins)
+    # From the inside out.
+    app.add_middleware(LoginGuard, account_of=login.account_of, needed=login.needed, pages=pages, local={"/health"})
+    app.add_middleware(RouteGuard, pages=pages, own=OWN_ROUTES)
+    app.add_middleware(BodyLimit, most=web.max_upload_bytes + MULTIPART_ROOM)
+    app.add_middleware(OriginGuard, own_origins=origins)
+    app.add_middleware(CORSMiddleware, allow_origins=origins)  # its presence turns Gradio's own off
+    app.add_middleware(ForwardedHostGuard, hosts=hosts)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+    app.add_middleware(AnswerHeaders)
 
-    @app.get("/download/{uid}.yaml")
-    def download_yaml(uid: str) -> Response:
-        """The job's YAML exactly as it was submitted."""
-        try:
-            job = JobStore(home).get(uid)
-        except JobError as error:
-            return PlainTextResponse(error.message, status_code=404)
-        name = f'attachment; filename="{job.job_id}.yaml"'  # JOB_IDs have only letters, digits, '.', '_', '-'
-        return Response(job.config_yaml, media_type="application/yaml", headers={"Content-Disposition": name})
+    add_login(app, login)
+    add_downloads(app, home)
 
-    @app.get("/download/{uid}/{name}/{file}")
-    def download_file(uid: str, name: str, file: str) -> Response:
-        """One file of a quantized model; only what its manifest lists is handed out."""
-        try:
-            job = JobStore(home).get(uid)
-            entry = next((e for e in results_of(job.result) if name == (e["name"] or "model")), None)
-        except JobError as error:
-            return PlainTextResponse(error.message, status_code=404)
-        listed = (entry or {}).get("manifest", {}).get("files", {})
-        path = Path(entry["artefact"]) / file if entry else None
-        if path is None or file not in listed or not path.is_file():
-            return PlainTextResponse(f"job {job.job_id} has no file {file!r} of {name!r}", status_code=404)
-        return FileResponse(path, filename=file, media_type="application/octet-stream")
+    @app.get("/health")
+    def show_health() -> Response:
+        """What an operator asks first; for programs of this machine and people who are logged in."""
+        return JSONResponse(health(home))
+
+    def who(request: Request) -> str | None:
+        """The account that LoginGuard found; Gradio answers 401 to None."""
+        return request.scope.get(ACCOUNT)
 
     # Gradio says so about every site of several pages, even when server-side rendering was never asked for.
     warnings.filterwarnings("ignore", message="SSR mode is not supported with multi-page apps")
     return gr.mount_gradio_app(
         app,
-        build_site(home, pair),
+        site,
         path="/",
         server_name=host,
         server_port=port,
+        auth_dependency=who,
         theme=theme(),
         css_paths=[CSS_PATH],
-        head_paths=[HEAD_PATH],
+        head_paths=[HEAD_PATH, ACCOUNT_PATH],
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
         show_error=False,
         allowed_paths=[],
-        blocked_paths=[str(home.user_data), str(home.jobs_db)],
-        max_file_size="2mb",
+        blocked_paths=[str(home.user_data), str(home.jobs_db), str(home.root / FILE_NAME)],
+        max_file_size=web.max_upload_bytes,
         ssr_mode=False,
         mcp_server=False,
+        pwa=False,
     )
 
 
 def serve(home: Home, host: str, port: int) -> None:
-    """Reconcile the job store, then answer requests until interrupted.
+    """Answer requests until interrupted.
 
     Raises:
-        ConfigError: If `host` is not a loopback address.
+        ConfigError: If the settings or accounts cannot be read, or others could reach it without an account.
+        JobError: If the job store cannot be used.
     """
-    require_loopback(host)
-    control.reconcile(home)
+    web = Settings.load(home).web
     app = create_app(home, host, port)
     shown = f"[{host}]" if ":" in host else host
     log.info("Quantdeck on http://%s:%d, home %s", shown, port, home.root)
-    uvicorn.run(app, host=host, port=port, workers=1, log_level="warning")
+    if not is_loopback(host):
+        log.warning(
+            "WARNING: %s can be reached by other machines, and this server speaks plain HTTP: passwords and sessions "
+            "can be read on the way. Put a proxy with TLS in front of it, and its address into [web] origins.",
+            shown,
+        )
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(server_config(app, host, port, web)).run()
+
+
+def server_config(app: FastAPI, host: str, port: int, web: WebSettings) -> uvicorn.Config:
+    """How the HTTP server listens."""
+    return uvicorn.Config(
+        app, host=host, port=port, workers=1, log_level="warning", server_header=False, ws="none",
+        # The lock-out after wrong passwords goes by the client's address: only a proxy on this machine may tell it.
+        proxy_headers=bool(web.origins), forwarded_allow_ips="127.0.0.1,::1",
+        timeout_graceful_shutdown=5,  # open pages have streams that never end by themselves
+    )  # fmt: skip

@@ -1,16 +1,23 @@
-"""Who the server answers: its own pages and programs of this machine, nobody else."""
+"""Who the server answers without accounts: its own pages and programs of this machine, nobody else.
+
+What an attacker tries is in `tests/security/test_web.py`, against a real server.
+"""
 
 from __future__ import annotations
+
+from unittest.mock import patch
 
 import pytest
 from fastapi.testclient import TestClient
 
 from backend.errors import ConfigError
+from backend.jobs import control
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.schema import parse_yaml
+from backend.settings import WebSettings
 from ui.draft import TEMPLATE
-from ui.server import create_app, require_loopback
+from ui.server import create_app, require_safe_address
 
 OWN = "http://127.0.0.1:7860"
 
@@ -22,7 +29,10 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(home):
-    with TestClient(create_app(home), base_url=OWN) as client:
+    with (
+        patch.object(control, "watch", lambda _: None),  # the jobs of these tests are not to be run
+        TestClient(create_app(home), base_url=OWN) as client,
+    ):
         yield client
 
 
@@ -97,7 +107,7 @@ def test_files_of_a_model_are_downloaded_by_name_and_nothing_else(client, home):
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "private.txt").write_bytes(b"not listed")
     entry = {"name": "w4", "artefact": str(folder), "manifest": {"files": {"model.safetensors": {}, "gone.json": {}}}}
-    store.claim(job.uid, 1)
+    assert store.grant(job.uid, 1, ["cpu:0"]) and store.move(job.uid, "running", actor="runner", attempt=1)
     store.update(job.uid, 1, result={"results": [entry]})
     answer = client.get(f"/download/{job.uid}/w4/model.safetensors")
     assert answer.content == b"weights"
@@ -107,11 +117,16 @@ def test_files_of_a_model_are_downloaded_by_name_and_nothing_else(client, home):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", ""])
-def test_other_machines_are_not_let_in(host):
+def test_other_machines_are_not_let_in(home, host):
     with pytest.raises(ConfigError, match="no accounts"):
-        require_loopback(host)
+        require_safe_address(home, host, WebSettings())
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.1.2.3"])
-def test_this_machine_is(host):
-    require_loopback(host)
+def test_this_machine_is(home, host):
+    require_safe_address(home, host, WebSettings())
+
+
+def test_without_accounts_there_is_no_login(client):
+    assert client.get("/login", follow_redirects=False).headers["location"] == "/"
+    assert client.get("/login/account").json() == {"account": None}
