@@ -50,15 +50,18 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(value: object) -> datetime | None:
-    """A stored time (datetime, ISO text or Unix seconds) as an aware datetime; None if there is none."""
+    """A stored time (datetime, ISO text or Unix seconds) as an aware datetime; None if there is none that reads."""
     if value is None or value == "":
         return None
-    if isinstance(value, datetime):
-        found = value
-    elif isinstance(value, (int, float)):
-        found = datetime.fromtimestamp(value, UTC)
-    else:
-        found = datetime.fromisoformat(str(value))
+    try:
+        if isinstance(value, datetime):
+            found = value
+        elif isinstance(value, (int, float)):
+            found = datetime.fromtimestamp(value, UTC)
+        else:
+            found = datetime.fromisoformat(str(value))
+    except (ValueError, OverflowError, OSError):
+        return None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
@@ -83,3 +86,9 @@ def elapsed(start: object, end: object = None) -> float | None:
     if begin is None:
         return None
     return max(0.0, ((moment(end) or datetime.now(UTC)) - begin).total_seconds())
+
+
+def clock(value: object) -> str:
+    """A stored time as day and clock of this machine, `2026-01-31 14:05:09`; a dash if there is none."""
+    at = moment(value)
+    return f"{at.astimezone():%Y-%m-%d %H:%M:%S}" if at else "-"

@@ -1,24 +1,29 @@
-"""How one job looks: badge, headline, actions, stages, facts. All functions return HTML."""
+"""How one job looks: badge, headline, actions, stages, facts, history. All functions return HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from backend.jobs.outcomes import advice
 from backend.jobs.results import measured, results_of
 from backend.jobs.store import Job
-from ui.format import ago, duration, elapsed, moment, significant, size
+from ui.format import ago, clock, duration, elapsed, moment, significant, size
 from ui.layout import action, card, esc, facts, link, notice
 from ui.resultview import impact_class, impact_text
 
 STATE_WORDS = {
     "queued": "Waiting",
+    "starting": "Starting",
     "running": "Running",
     "cancelling": "Cancelling",
+    "lost": "Lost",
     "succeeded": "Succeeded",
     "failed": "Failed",
     "cancelled": "Cancelled",
 }
+MAX_HISTORY = 20  # changes of state shown; a job that was resumed often has more
+MAX_REASON = 90  # characters of a reason in the list; all of it is on the job's page
 # In the order of the runner's work; the names are those of its events.
 STAGES = (
     ("download", "Get model and text"),
@@ -31,12 +36,25 @@ STAGES = (
     ("report", "Compare and report"),
 )
 
+CANCELLABLE = ("queued", "starting", "running", "lost")
+
 Row = Mapping[str, Any]
 
 
 def badge(state: str) -> str:
     """The coloured state of a job."""
     return f'<span class="qd-badge qd-s-{esc(state)}">{esc(STATE_WORDS.get(state, state))}</span>'
+
+
+def badges(job: Job) -> str:
+    """The state, and beside it whether the runner has been silent for a while."""
+    silent = ' <span class="qd-badge qd-s-stalled">No sign of life</span>' if is_silent(job) else ""
+    return badge(job.state) + silent
+
+
+def is_silent(job: Job) -> bool:
+    """Whether a job that should be at work has not been heard of for a while."""
+    return bool(job.stalled) and job.state in ("starting", "running", "cancelling")
 
 
 def bar(fraction: float) -> str:
@@ -61,8 +79,8 @@ def fraction_done(job: Job) -> float:
     index = stage_index(str(job.progress.get("stage", "")))
     if index < 0:
         return 0.0
-    step, total = job.progress.get("step") or 0, job.progress.get("total") or 0
-    return (index + (step / total if total else 0.0)) / len(STAGES)
+    step, total = number(job.progress.get("step")), number(job.progress.get("total"))
+    return (index + (min(1.0, step / total) if total > 0 else 0.0)) / len(STAGES)
 
 
 def rows_of(job: Job) -> list[Row]:
@@ -89,10 +107,15 @@ def headline(job: Job) -> str:
         parts.append(f"{' to '.join(dict.fromkeys((shares[0], shares[-1])))} % of the size")
     if parts and job.state == "succeeded":
         return ", ".join(parts)
-    if job.reason:
-        short = job.reason if len(job.reason) <= 90 else job.reason[:87] + "..."
-        return f'<span class="qd-muted" title="{esc(job.reason)}">{esc(short)}</span>'
-    return ", ".join(parts)
+    return reason_line(job) or ", ".join(parts)
+
+
+def reason_line(job: Job) -> str:
+    """Why the job waits, failed or was cancelled, cut to a line; nothing if it says nothing."""
+    if not job.reason:
+        return ""
+    short = job.reason if len(job.reason) <= MAX_REASON else job.reason[: MAX_REASON - 3] + "..."
+    return f'<span class="qd-muted" title="{esc(job.reason[:1000])}">{esc(short)}</span>'
 
 
 def _first(rows: list[Row], metric: str) -> Row | None:
@@ -127,14 +150,23 @@ def actions(job: Job, *, here: bool) -> str:
             buttons.append(link("Compare", f"/compare?jobs={job.uid}"))
     if job.state in ("failed", "cancelled"):
         buttons.append(action("Resume", "resume", job.uid, title="Go on where it stopped; what is finished stays"))
+    if here and can_be_measured(job):
+        ask = f"Measure job {job.job_id} again? The saved model stays; its numbers are replaced by the new ones."
+        hint = "Evaluate and benchmark the saved model once more"
+        buttons.append(action("Measure again", "measure", job.uid, confirm=ask, title=hint))
     buttons.append(link("Clone", f"/new?clone={job.uid}", title="Open the same settings as a new job"))
     buttons.append(
         link("YAML", f"/download/{job.uid}.yaml", title="Download the job file", download=f"{job.job_id}.yaml")
     )
-    if job.state in ("queued", "running"):
+    if job.state in CANCELLABLE:
         ask = f"Cancel job {job.job_id}? What it has finished is kept, and it can be resumed later."
         buttons.append(action("Cancel", "cancel", job.uid, kind="danger", confirm=ask))
     return "".join(buttons)
+
+
+def can_be_measured(job: Job) -> bool:
+    """Whether the job is over and has a saved model whose numbers can be taken once more."""
+    return job.state == "succeeded" or (job.state in ("failed", "cancelled") and bool(job.artefact))
 
 
 def stage_list(job: Job) -> str:
@@ -162,42 +194,130 @@ def stage_list(job: Job) -> str:
 
 
 def _present(job: Job) -> str:
-    step, total = job.progress.get("step") or 0, job.progress.get("total") or 0
+    step, total = number(job.progress.get("step")), number(job.progress.get("total"))
     words = []
     if job.progress.get("configuration"):
         words.append(str(job.progress["configuration"]))
     if total:
-        words.append(f"{step} of {total}")
+        words.append(f"{step:.0f} of {total:.0f}")
     if job.progress.get("message"):
         words.append(str(job.progress["message"]))
-    if job.progress.get("eta_s") is not None and step < total:
-        words.append(f"about {duration(job.progress['eta_s'])} left")
+    if left := time_left(job):
+        words.append(left)
     text = " · ".join(words) or "starting"
     return f'<div class="qd-detail">{bar(step / total) if total else ""}{esc(text)}</div>'
+
+
+def number(value: Any) -> float:
+    """A number of a progress report; 0 for what is none."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0.0
+
+
+def time_left(job: Job) -> str:
+    """How long the present stage still takes, in words; empty if it is not known, or done."""
+    step, total, left = (job.progress.get(key) for key in ("step", "total", "eta_s"))
+    if left is None or number(step) >= number(total):
+        return ""
+    return f"about {duration(number(left))} left"
+
+
+def progress_cell(job: Job) -> str:
+    """The list's column: how far a job at work has come, at what, and how long the stage still takes."""
+    if job.state not in ("starting", "running", "cancelling"):
+        return ""
+    if job.state == "cancelling":
+        return f'<span class="qd-sub">{esc(rung(job))}</span>'
+    done, index = fraction_done(job), stage_index(str(job.progress.get("stage", "")))
+    words = [f"{100 * done:.0f} %", STAGES[index][1] if index >= 0 else "", time_left(job)]
+    return f'{bar(done)}<span class="qd-sub">{esc(" · ".join(word for word in words if word))}</span>'
+
+
+def rung(job: Job) -> str:
+    """How far a cancel has come: what was asked of the job's programs so far."""
+    said = str(job.progress.get("message") or "")
+    if said.startswith("cancelling:"):
+        return said.partition(":")[2].strip()
+    if said.startswith("waiting for processes"):  # not even SIGKILL ends them
+        return said
+    return "the job was told to stop, and has not answered yet"
 
 
 def overview(job: Job) -> str:
     """The facts of a job in one card, with the reason of a wait or failure above it."""
     when = moment(job.created_at)
+    attempts = f", attempt {job.attempt}" if job.attempt > 1 else ""
+    limit = job.time_limit_s
     rows = [
         ("Model", job.model),
         ("Algorithm", job.algorithm),
         ("Device", (job.result or {}).get("device") or ("CPU" if job.device == "cpu" else job.device)),
+        ("Priority", str(job.priority) if job.priority else "-"),
         ("Submitted", f"{ago(job.created_at)}" + (f" ({when.astimezone():%H:%M})" if when else "")),
-        ("Run time", run_time(job) + (f", attempt {job.attempt}" if job.attempt > 1 else "")),
+        ("Run time", run_time(job) + (attempts if job.started_at else "")),
+        ("Attempts", f"{job.attempt} of {job.max_attempts}" if job.is_active and job.attempt > 1 else "-"),
+        ("Time limit", duration(limit) if limit else "-"),
         ("Peak memory", size((job.result or {}).get("peak_rss_bytes"))),
     ]
-    return f'<div class="qd-stack">{_reason(job)}{card(facts([row for row in rows if row[1] != "-"]))}</div>'
+    return f'<div class="qd-stack">{notices(job)}{card(facts([row for row in rows if row[1] != "-"]))}</div>'
 
 
-def _reason(job: Job) -> str:
+def notices(job: Job) -> str:
+    """What one should know of a job before anything else: why it waits, fails or is silent, and what to do."""
+    told = _told(job)
+    if is_silent(job):
+        told += notice(
+            "warn",
+            "No sign of life for a while",
+            "Its process is there, but has reported nothing for over a minute: the machine may be overloaded or "
+            "asleep, or the process stopped. It is not started a second time: it goes on by itself, or you cancel it.",
+        )
+    return told
+
+
+def _told(job: Job) -> str:
     if job.state == "failed":
         reason = (job.reason or "No reason was recorded; see the log").rstrip(".") + "."
         single = job.artefact and len(results_of(job.result)) < 2
         kept = f" The quantized model was saved before and stays in {job.artefact}." if single else ""
-        return notice("error", "This job failed", reason + kept)
-    if job.state == "queued" and job.reason:
-        return notice("info", "This job waits", job.reason)
+        hint = advice(job.outcome) if job.outcome else ""
+        return notice("error", "This job failed", reason + kept + (f"\n{hint}" if hint else ""))
+    if job.state == "queued":
+        return notice("info", "This job waits", job.reason or "It starts as soon as what it needs is free.")
+    if job.state == "starting":
+        return notice("info", "This job starts", "It has what it needs; its process is being started.")
+    if job.state == "lost":
+        text = "Its process is gone. It goes on in a new one where it stopped, as long as it has attempts left."
+        why = f"{job.reason.rstrip('.')}. " if job.reason else ""
+        return notice("warn", "This job has lost its process", why + text)
+    if job.state == "cancelling":
+        return notice("info", "This job is being cancelled", rung(job)[:1].upper() + rung(job)[1:])
     if job.state == "cancelled":
-        return notice("warn", "This job was cancelled", job.reason or "")
+        hint = advice(job.outcome) if job.outcome and job.outcome != "cancelled" else ""
+        return notice("warn", "This job was cancelled", "\n".join(part for part in (job.reason, hint) if part))
     return ""
+
+
+def history_table(events: Sequence[Row]) -> str:
+    """The job's changes of state, newest first: when, in which attempt, to what, by whom, why.
+
+    Args:
+        events: Rows of `job_events`, oldest first.
+    """
+    if not events:
+        return ""
+    shown = list(reversed(events))[:MAX_HISTORY]
+    body = "".join(
+        f'<tr><td class="qd-nowrap">{esc(clock(row["at"]))}</td><td class="qd-num">{esc(row["attempt"])}</td>'
+        f"<td>{badge(str(row['to_state']))}</td><td>{esc(row['actor'])}</td>"
+        f"<td>{esc(str(row['reason'] or '')[:1000])}</td></tr>"
+        for row in shown
+    )
+    older = len(events) - len(shown)
+    below = f'<p class="qd-muted qd-small qd-below">{older} earlier changes are not shown.</p>' if older else ""
+    head = '<th>When</th><th class="qd-num">Attempt</th><th>State</th><th>By</th><th>Why</th>'
+    heading = '<div class="qd-section"><h2>History</h2></div>'
+    return heading + card(
+        '<div class="qd-scroll"><table class="qd-table qd-history"><thead><tr>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table></div>{below}",
+        classes="qd-flush",
+    )

@@ -6,6 +6,7 @@ Everything here returns HTML as text. Whatever did not come from this package is
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,10 @@ _HALF_MOON = (
     'fill="currentColor"/></svg>'
 )
 
+# What changes how a terminal or a browser shows the text around it: control characters (an escape code begins with
+# one) and marks that turn the reading direction; and half characters, which no answer can carry.
+_MARKS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 # Clicks on [data-act] buttons inside our HTML become Gradio click events that carry the button's data.
 ACTION_JS = """
 element.addEventListener('click', (event) => {
@@ -42,10 +47,39 @@ element.addEventListener('click', (event) => {
 });
 """
 
+# The address tells what is shown, so that a reload or a bookmark shows the same.
+ADDRESS_JS = """
+watch('value', () => {
+  const shown = element.querySelector('[data-address]');
+  if (!shown) return;
+  const address = new URL(shown.dataset.address, location.origin);
+  const theme = new URLSearchParams(location.search).get('__theme');
+  if (theme) address.searchParams.set('__theme', theme);
+  if (address.href !== location.href) history.replaceState(history.state, '', address);
+});
+"""
+
+
+def plain(value: object) -> str:
+    """`value` as text in which control characters and marks of reading direction are written out and do nothing.
+
+    For text that is shown as it is (choices of a list, lines of a log); inside HTML it is `esc`.
+    """
+    return _MARKS.sub(_written_out, str(value))
+
+
+def _written_out(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xD800 <= code <= 0xDFFF:
+        return "\N{REPLACEMENT CHARACTER}"
+    if code < 0x20:
+        return chr(0x2400 + code)  # the picture of that control character
+    return "\N{SYMBOL FOR DELETE}" if code == 0x7F else f"<U+{code:04X}>"
+
 
 def esc(value: object) -> str:
-    """`value` as text that is safe inside HTML content and quoted attributes."""
-    return html.escape(str(value), quote=True)
+    """`value` as text that is safe inside HTML content and quoted attributes, and turns no text around it."""
+    return html.escape(plain(value), quote=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ui.format import size
 from ui.layout import card, esc, link
@@ -45,7 +46,8 @@ def _artefact(uid: str, entry: Entry) -> str:
         "from backend.formats.loader import load_model, load_tokenizer\n\n"
         f"model = load_model({str(folder)!r})\ntokenizer = load_tokenizer({str(folder)!r})"
     )
-    chat = link("Chat with it", f"/chat?job={uid}&configuration={entry['name']}") if entry["name"] else ""
+    name = quote(str(entry["name"] or ""), safe="", errors="replace")
+    chat = link("Chat with it", f"/chat?job={uid}&configuration={name}") if name else ""
     return (
         f'<div class="qd-row-between"><p class="qd-mono qd-small">{esc(folder)}</p>{chat}</div>'
         '<div class="qd-scroll"><table class="qd-table"><thead><tr><th>File</th><th class="qd-num">Size</th></tr>'
@@ -56,25 +58,27 @@ def _artefact(uid: str, entry: Entry) -> str:
 
 def download_path(uid: str, entry: Entry, file: str) -> str:
     """Address of one file of a configuration."""
-    return f"/download/{uid}/{entry['name'] or 'model'}/{file}"
+    parts = (quote(str(part), safe="", errors="replace") for part in (uid, entry["name"] or "model", file))
+    return f"/download/{'/'.join(parts)}"
 
 
 def files_of(folder: Path) -> list[tuple[str, int]]:
     """Name and bytes of every file of an artefact; empty if it was removed."""
-    if not folder.is_dir():
+    try:
+        return sorted((f.name, f.stat().st_size) for f in folder.iterdir() if f.is_file())
+    except (OSError, ValueError):
         return []
-    return sorted((f.name, f.stat().st_size) for f in folder.iterdir() if f.is_file())
 
 
 def weight_bits(folder: Path) -> set[int]:
     """The bits of the quantized weights, as the checkpoint's config.json states them; empty if it states none."""
     try:
         stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    except (OSError, ValueError):
+        groups = stated.get("config_groups") or {}
+        found = [stated.get("bits"), *((group.get("weights") or {}).get("num_bits") for group in groups.values())]
+        return {int(bits) for bits in found if bits}
+    except (OSError, ValueError, TypeError, AttributeError):  # gone, or not as one of ours
         return set()
-    groups = stated.get("config_groups") or {}
-    found = [stated.get("bits"), *((group.get("weights") or {}).get("num_bits") for group in groups.values())]
-    return {int(bits) for bits in found if bits}
 
 
 def _serving(folder: Path) -> str:

@@ -19,7 +19,7 @@ def yaml_html(text: str, name: str, heading: str) -> str:
         heading: Line above it.
     """
     lines = "\n".join(_line(line) for line in text.splitlines())
-    address = f"data:application/yaml;charset=utf-8,{quote(text)}"
+    address = f"data:application/yaml;charset=utf-8,{quote(text, errors='replace')}"
     return (
         f'<section class="qd-card qd-flush qd-yaml"><div class="qd-yaml-head"><strong>{esc(heading)}</strong>'
         '<span class="qd-row-actions"><button type="button" class="qd-button qd-secondary" data-copy>Copy</button>'

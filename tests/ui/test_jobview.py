@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
+from backend.errors import JobError
+from backend.jobs import outcomes
+from backend.jobs.states import ACTIVE, FINAL
 from backend.jobs.store import Job, JobStore
 from backend.schema import parse_yaml
-from ui import jobview, madeview, resultview
+from ui import jobview, layout, madeview, resultview
 from ui.draft import TEMPLATE
+from ui.pages.chat import head_html as head_of_pane
 from ui.pages.chat import models_to_choose
 from ui.pages.compare import Measured, chart_note, delta_table, figure_for, measurements, protocols_of, rows_for
-from ui.pages.job import result_html, size_points
-from ui.pages.jobs import table_html, title_html
+from ui.pages.job import head_html, result_html, size_points
+from ui.pages.jobs import Listing, View, filters_html, table_html, title_html
+from ui.reading import store_notice
+from ui.yamlview import yaml_html
 
-EVIL = '<img src=x onerror="alert(1)">'
+EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>\x1b[2J\x1b]0;title\x07\u202egpj.exe\u2066\x00\ud800\x9b'
+INERT = "&lt;img src=x onerror=&quot;alert(1)&quot;&gt;"
+LOUD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def row(metric="perplexity", name="Perplexity (wikitext)", unit="", before=7.32, after=7.69, interval=None, **more):
@@ -47,21 +56,42 @@ def measured(label="a-job", *rows):
     return Measured(label, label, label, list(rows))
 
 
+def listing(*jobs, **view):
+    groups = {"": len(jobs)}
+    counts = {}
+    for one in jobs:
+        counts[one.state] = counts.get(one.state, 0) + 1
+    return Listing(View(**view), list(jobs), {}, groups, counts)
+
+
+def buttons(html):
+    """The words of links and buttons."""
+    return set(re.findall(r">([^<]+)</(?:a|button)>", html))
+
+
 @pytest.mark.parametrize(
-    ("state", "offered", "missing"),
+    ("state", "offered"),
     [
-        ("queued", {"Open", "Clone", "YAML", "Cancel"}, {"Chat", "Resume"}),
-        ("running", {"Open", "Clone", "YAML", "Cancel"}, {"Chat", "Resume"}),
-        ("cancelling", {"Open", "Clone", "YAML"}, {">Cancel<", "Resume"}),
-        ("succeeded", {"Open", "Clone", "YAML"}, {">Cancel<", "Resume"}),
-        ("failed", {"Open", "Clone", "YAML", "Resume"}, {">Cancel<", "Chat"}),
-        ("cancelled", {"Open", "Clone", "YAML", "Resume"}, {">Cancel<", "Chat"}),
+        ("queued", {"Cancel"}),
+        ("starting", {"Cancel"}),
+        ("running", {"Cancel"}),
+        ("lost", {"Cancel"}),
+        ("cancelling", set()),
+        ("succeeded", set()),
+        ("failed", {"Resume"}),
+        ("cancelled", {"Resume"}),
     ],
 )
-def test_only_what_makes_sense_is_offered(state, offered, missing):
-    html = jobview.actions(job(state), here=False)
-    assert all(word in html for word in offered)
-    assert not any(word in html for word in missing)
+def test_only_what_makes_sense_is_offered(state, offered):
+    assert buttons(jobview.actions(job(state), here=False)) == {"Open", "Clone", "YAML"} | offered
+    more = {"Chat with both", "Measure again"} if state == "succeeded" else set()
+    assert buttons(jobview.actions(job(state), here=True)) == {"Clone", "YAML"} | offered | more
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+def test_a_saved_model_can_be_measured_again_even_if_the_job_did_not_succeed(state):
+    assert "Measure again" in buttons(jobview.actions(job(state, artefact="/x"), here=True))
+    assert "Measure again" not in buttons(jobview.actions(job("running", artefact="/x"), here=True))
 
 
 def test_a_job_that_succeeded_leads_to_chat_and_compare():
@@ -69,10 +99,12 @@ def test_a_job_that_succeeded_leads_to_chat_and_compare():
     assert "/chat?job=0123" in html and "/compare?jobs=0123" in html
 
 
-@pytest.mark.parametrize("state", ["queued", "running", "failed", "succeeded", "cancelled"])
-def test_nothing_of_a_job_becomes_html(state):
+@pytest.mark.parametrize("stalled", [False, True])
+@pytest.mark.parametrize("state", [*ACTIVE, *FINAL])
+def test_nothing_of_a_job_becomes_html(state, stalled):
     bad = job(
-        state, job_id=EVIL, model=EVIL, algorithm=EVIL, reason=EVIL, artefact=EVIL,
+        state, uid=EVIL, job_id=EVIL, model=EVIL, algorithm=EVIL, device=EVIL, reason=EVIL, artefact=EVIL,
+        outcome=EVIL, stalled=stalled,
         progress={"stage": "quantize", "step": 1, "total": 2, "message": EVIL, "configuration": EVIL},
         result={"rows": [row(name=EVIL, protocol=EVIL)], "device": EVIL, "timings": {}},
     )  # fmt: skip
@@ -82,13 +114,30 @@ def test_nothing_of_a_job_becomes_html(state):
             skipped={EVIL: EVIL}, notes=[EVIL], layers=[{"layer": EVIL, "notes": [EVIL]}], reason=EVIL,
         )
     ] * 2  # fmt: skip
-    pages = (
-        table_html([bad]), title_html([bad]), jobview.overview(bad), jobview.stage_list(bad), result_html(bad),
+    change = {"at": EVIL, "attempt": EVIL, "to_state": EVIL, "actor": EVIL, "reason": EVIL}
+    page = listing(bad, search=EVIL)
+    texts = (
+        table_html(page), jobview.overview(bad), result_html(bad), head_html(bad),
         delta_table([measured(EVIL, row(name=EVIL, protocol=EVIL))]), jobview.actions(bad, here=True),
         madeview.made(EVIL, evil), madeview.notes(evil), chart_note([(EVIL, row(name=EVIL))], 1, False),
-        result_html(job(state, model=EVIL, result={"results": evil})),
+        result_html(job(state, model=EVIL, result={"results": evil})), jobview.history_table([change]),
+        layout.notice("error", EVIL, EVIL), layout.facts([(EVIL, EVIL)]), layout.card("", EVIL),
+        layout.link(EVIL, EVIL, download=EVIL), layout.action(EVIL, EVIL, EVIL, confirm=EVIL, title=EVIL),
+        layout.empty(EVIL, EVIL), layout.title(EVIL), store_notice(JobError(EVIL)), jobview.badge(EVIL),
+        yaml_html(f"MODEL: {EVIL}\n# {EVIL}", EVIL, EVIL), head_of_pane("baseline", EVIL),
     )  # fmt: skip
-    assert not any("<img" in html for html in pages)
+    for html in texts:
+        assert INERT in html  # the text is there to be read
+    others = (jobview.stage_list(bad), title_html(page), filters_html(page))
+    for html in (*texts, *others):
+        assert "<img" not in html and "<script" not in html
+        assert not LOUD.search(html)
+        html.encode("utf-8")  # half a character would break the answer
+
+
+def test_choices_of_a_list_are_inert_as_well():
+    bad = job("succeeded", job_id="a\u202eb", model="\x1b[31mred", result={"results": [entry("w4")]})
+    assert models_to_choose([bad])[0][0].startswith("a<U+202E>b, ␛[31mred")
 
 
 def test_numbers_keep_their_unit_and_sign():
@@ -112,6 +161,67 @@ def test_progress_names_the_layer_and_the_time_left():
 def test_a_failure_tells_its_reason_and_what_was_kept():
     html = jobview.overview(job("failed", reason="out of memory", artefact="/x/y"))
     assert "out of memory" in html and "/x/y" in html
+
+
+def test_a_failure_tells_what_can_be_done():
+    html = jobview.overview(job("failed", reason="killed", outcome="out_of_memory"))
+    assert layout.esc(outcomes.advice("out_of_memory")) in html
+    assert "This job failed" in jobview.overview(job("failed", reason="killed", outcome="a code of the future"))
+
+
+@pytest.mark.parametrize(
+    ("state", "more", "told"),
+    [
+        ("queued", {"reason": "waiting: job b uses GPU 0"}, "waiting: job b uses GPU 0"),
+        ("queued", {}, "This job waits"),
+        ("starting", {}, "its process is being started"),
+        ("lost", {"reason": "the runner died"}, "the runner died. Its process is gone"),
+        ("cancelling", {}, "told to stop, and has not answered yet"),
+        ("cancelling", {"progress": {"message": "cancelling: asked to stop (SIGINT)"}}, "Asked to stop (SIGINT)"),
+        ("cancelling", {"progress": {"message": "cancelling: killed (SIGKILL)"}}, "Killed (SIGKILL)"),
+        ("cancelling", {"progress": {"message": "waiting for processes 7, 8, which"}}, "Waiting for processes 7, 8"),
+        ("cancelling", {"progress": {"message": "model.layers.3"}}, "told to stop, and has not answered yet"),
+        ("cancelled", {"reason": "cancel requested"}, "cancel requested"),
+    ],
+)
+def test_the_page_tells_what_the_job_waits_for(state, more, told):
+    assert told in jobview.overview(job(state, **more))
+    assert jobview.badge(state) in head_html(job(state))
+
+
+def test_a_silent_job_is_told_apart_from_a_dead_one():
+    assert "No sign of life for a while" in jobview.overview(job("running", stalled=True))
+    assert "No sign of life" in table_html(listing(job("running", stalled=True)))
+    assert "No sign of life" not in jobview.overview(job("running"))
+    assert "No sign of life" not in jobview.overview(job("succeeded", stalled=True))  # it is over
+
+
+def test_the_list_shows_reason_priority_and_progress():
+    waits = job("queued", reason="waiting: 2 of 2 CPU slots are busy", priority=5)
+    works = job(progress={"stage": "quantize", "step": 3, "total": 6, "eta_s": 75.0})
+    ends = job("cancelling", progress={"message": "cancelling: asked to stop (SIGINT)"})
+    html = table_html(listing(waits, works, ends))
+    assert "waiting: 2 of 2 CPU slots are busy" in html and "priority 5" in html
+    assert "31 % · Quantize layer by layer · about 1 min 15 s left" in html
+    assert "asked to stop (SIGINT)" in html
+
+
+def test_history_shows_the_newest_changes_and_counts_the_rest():
+    def change(number):
+        return {"at": "2026-01-01T00:00:00", "attempt": number, "to_state": "queued", "actor": "user", "reason": None}
+
+    html = jobview.history_table([change(number) for number in range(1, 31)])
+    assert html.count("<tr>") == 1 + jobview.MAX_HISTORY and "10 earlier changes" in html
+    assert html.index(">30<") < html.index(">11<") and ">10<" not in html and ">user<" in html
+    assert jobview.history_table([]) == ""
+
+
+def test_broken_progress_does_not_break_the_page():
+    for progress in ({"step": "x", "total": None}, {"stage": 3, "step": 1, "total": 0}, {"step": 9, "total": 3}):
+        for state in ACTIVE:
+            one = job(state, progress={"stage": "quantize", **progress}, created_at="garbage", started_at="?")
+            html = jobview.stage_list(one) + jobview.overview(one) + table_html(listing(one))
+            assert 0 <= jobview.fraction_done(one) <= 1 and "a-job" in html
 
 
 def test_protocols_are_never_mixed_in_a_chart():
@@ -185,7 +295,7 @@ def test_notes_group_what_is_the_same():
 def test_every_configuration_can_be_compared_and_chatted_with(home):
     store = JobStore(home)
     made = store.create(TEMPLATE, parse_yaml(TEMPLATE).config, device="cpu")
-    store.claim(made.uid, 1)
+    assert store.grant(made.uid, 1, ["cpu:0"]) and store.move(made.uid, "running", actor="runner", attempt=1)
     store.update(made.uid, 1, result=several().result)
     store.move(made.uid, "succeeded", actor="test", attempt=1)
     assert [one.label for one in measurements(home)] == ["my-first-job / w4", "my-first-job / w3"]
@@ -202,3 +312,16 @@ def test_files_and_serving_depend_on_the_bits(tmp_path):
     assert "/download/0123/w3/config.json" in html and "vllm serve" not in html and "these have 3" in html
     (folder / "config.json").write_text(json.dumps({"quantization_config": {"bits": 4}}))
     assert "vllm serve" in madeview.made("0123", [entry("w3", artefact=str(folder))])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"quantization_config": 5}', '{"quantization_config": {"bits": "x"}}'])
+def test_a_model_that_was_damaged_since_does_not_break_the_page(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert "config.json" in madeview.made("0123", [entry("w4", artefact=str(tmp_path))])
+    assert "/gone" in madeview.made("0123", [entry("w4", artefact="/gone")])
+
+
+def test_names_of_files_stay_in_their_place_of_an_address(tmp_path):
+    (tmp_path / "a?b#c%2F..%00.json").write_text("{}")
+    html = madeview.made("0123", [entry("w4", artefact=str(tmp_path))])
+    assert "/download/0123/w4/a%3Fb%23c%252F..%2500.json" in html

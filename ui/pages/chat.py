@@ -10,18 +10,20 @@ from typing import Any
 
 import gradio as gr
 
-from backend.errors import QuantdeckError
+from backend.errors import JobError, QuantdeckError
 from backend.jobs.results import full_name, results_of
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
 from ui.chat_pair import SIDES, ChatPair, pair_key
 from ui.format import ago, significant, size
-from ui.layout import empty, esc, link, notice, page, title
+from ui.layout import empty, esc, link, notice, page, plain, title
+from ui.reading import briefly, find, store_notice
 
 LEAD = (
     "Ask both models the same thing, with the same sampling and random numbers. They answer at the same time and share "
     "this machine, so each is slower than in the benchmark."
 )
+LISTED = 200  # newest finished jobs in the list; any job can be asked for by the address
 WORDS = {"baseline": "Baseline", "quantized": "Quantized"}
 
 
@@ -69,7 +71,12 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     def on_load(request: gr.Request) -> list[Any]:
-        choices = models_to_choose(JobStore(home).jobs(states=("succeeded", "failed")))
+        job, name = (request.query_params.get(part) or "" for part in ("job", "configuration"))
+        try:
+            with briefly():
+                choices = models_to_choose(finished(home, job))
+        except JobError as error:
+            return [gr.HTML(store_notice(error), visible=True), *[gr.skip()] * 5]
         if not choices:
             text = "Chat needs a job that has finished: it talks to the model before and after, side by side."
             return [
@@ -77,7 +84,6 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
                 *[gr.skip()] * 5,
             ]
         known = [key for _, key in choices]
-        job, name = (request.query_params.get(part) or "" for part in ("job", "configuration"))
         wanted = (f"{job}/{name}", job, next((key for key in known if job and key.startswith(f"{job}/")), ""), pair.key)
         asked = next((key for key in wanted if key in known), known[0])
         loaded = pair.key == asked
@@ -184,13 +190,21 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
     clear.click(on_choose, None, [history, *both_bots, *both_heads, said], **quiet)
 
 
+def finished(home: Home, also: str = "") -> list[Job]:
+    """The newest jobs that are over, and one more that is asked for by uid."""
+    jobs = JobStore(home).jobs(states=("succeeded", "failed"), limit=LISTED)
+    if also and all(job.uid != also for job in jobs) and (asked := find(home, also)):
+        jobs.append(asked)
+    return jobs
+
+
 def models_to_choose(jobs: Sequence[Job]) -> list[tuple[str, str]]:
     """The quantized models of some jobs as lines of the list, and what `ChatPair.load` takes."""
     choices = []
     for job in jobs:
         for entry in results_of(job.result):
             if entry.get("artefact"):
-                shown = f"{full_name(job, entry)}, {job.model}, {ago(job.created_at)}"
+                shown = plain(f"{full_name(job, entry)}, {job.model}, {ago(job.created_at)}")
                 choices.append((shown, pair_key(job, entry["name"])))
     return choices
 

@@ -13,16 +13,20 @@ from typing import Any
 
 import gradio as gr
 
+from backend.errors import JobError
 from backend.jobs.results import full_name, measured
-from backend.jobs.store import JobStore
+from backend.jobs.store import Job, JobStore
 from backend.paths import Home
 from ui.charts import comparison
 from ui.chat_pair import pair_key
 from ui.format import ago
-from ui.layout import card, empty, esc, link, page, title
+from ui.layout import card, empty, esc, link, page, plain, title
+from ui.reading import briefly, find, store_notice
 from ui.resultview import metric_words, number_cells
 
 CHARTS = (("perplexity", "Perplexity"), ("accuracy", "Accuracy"), ("size", "Model size"), ("tokens/s", "Throughput"))
+LISTED = 200  # newest finished jobs in the list; any job can be asked for by the address
+MAX_ASKED = 50
 BYTE_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1.0}
 
 Labelled = list[tuple[str, Mapping[str, Any]]]
@@ -52,7 +56,8 @@ def build(demo: gr.Blocks, home: Home) -> None:
         nothing = gr.HTML(visible=False, elem_id="compare-empty")
         chosen = gr.Dropdown(
             label="Jobs",
-            info="Jobs that have measurements; a job of several configurations has a line for each.",
+            info=f"The newest {LISTED} finished jobs that have measurements; a job of several configurations has a "
+            "line for each.",
             multiselect=True,
             elem_id="compare-jobs",
             visible=False,
@@ -77,35 +82,46 @@ def build(demo: gr.Blocks, home: Home) -> None:
     metrics = [metric for metric, _ in CHARTS]
 
     def pick(keys: list[str] | None) -> list[Measured]:
-        chosen = [one for one in measurements(home) if one.key in (keys or [])]
+        wanted = [str(key) for key in keys or []]
+        chosen = [one for one in asked_for(home, wanted) if one.key in wanted]
         return sorted(chosen, key=lambda one: one.key.partition("/")[0])  # oldest job first
 
     def on_load(request: gr.Request) -> list[Any]:
-        found = measurements(home)
+        asked = request.query_params.get("jobs", "").split(",")
+        try:
+            with briefly():
+                found = measurements(home, also=asked)
+        except JobError as error:
+            return [gr.HTML(store_notice(error), visible=True), gr.skip()]
         if not found:
             text = "As soon as a job has finished with measurements, its numbers are drawn here beside its baseline's."
             return [
                 gr.HTML(empty("Nothing to compare yet", text, link("New job", "/new", "primary")), visible=True),
                 gr.skip(),
             ]
-        asked = request.query_params.get("jobs", "").split(",")
         chosen = [one.key for one in found if one.key in asked or one.key.partition("/")[0] in asked]
         newest = [one.key for one in found if one.key.partition("/")[0] == found[0].key.partition("/")[0]]
         choices = [(one.choice, one.key) for one in found]
-        return [gr.HTML(visible=False), gr.Dropdown(choices=choices, value=chosen or newest, visible=True)]
+        return [
+            gr.HTML(visible=False),
+            gr.Dropdown(choices=choices, value=chosen or newest, multiselect=True, visible=True),
+        ]
 
     def on_jobs(keys: list[str] | None) -> list[Any]:
-        chosen = pick(keys)
+        try:
+            with briefly():
+                chosen = pick(keys)
+        except JobError as error:
+            return [*[gr.skip() for _ in everything[:-1]], store_notice(error)]
         lists, drawings = [], []
         for metric in metrics:
             protocols = protocols_of(chosen, metric)
             first = protocols[0] if protocols else None
             lists.append(gr.Dropdown(choices=protocols, value=first, visible=len(protocols) > 1))
-            drawings += draw(keys, metric, first)
+            drawings += draw(chosen, metric, first)
         return [*lists, *drawings, delta_table(chosen)]
 
-    def draw(keys: list[str] | None, metric: str, protocol: str | None) -> list[Any]:
-        chosen = pick(keys)
+    def draw(chosen: list[Measured], metric: str, protocol: str | None) -> list[Any]:
         rows = rows_for(chosen, metric, protocol)
         if not rows:
             said = card(f'<p class="qd-muted">No chosen job has measured {esc(metric)}.</p>') if chosen else ""
@@ -121,19 +137,41 @@ def build(demo: gr.Blocks, home: Home) -> None:
         picker = pickers[metric]
 
         def redraw(keys: list[str] | None, protocol: str | None, metric: str = metric) -> list[Any]:
-            return draw(keys, metric, protocol)
+            try:
+                with briefly():
+                    return draw(pick(keys), metric, protocol)
+            except JobError as error:
+                return [gr.skip(), gr.HTML(store_notice(error), visible=True)]
 
         picker.input(redraw, [chosen, picker], [plots[metric], notes[metric]], **quiet)
 
 
-def measurements(home: Home) -> list[Measured]:
-    """Everything that can be compared: newest job first, a job's configurations in their order."""
+def measurements(home: Home, also: Sequence[str] = ()) -> list[Measured]:
+    """What can be compared: newest job first, a job's configurations in their order.
+
+    Args:
+        home: The home.
+        also: Jobs that are asked for by uid although newer ones fill the list.
+    """
+    jobs = {job.uid: job for job in JobStore(home).jobs(states=("succeeded", "failed"), limit=LISTED)}
+    for uid in dict.fromkeys(key.partition("/")[0] for key in also[:MAX_ASKED]):
+        if uid not in jobs and (job := find(home, uid)):
+            jobs[job.uid] = job
+    return [one for uid in sorted(jobs, reverse=True) for one in _of(jobs[uid])]
+
+
+def asked_for(home: Home, keys: Sequence[str]) -> list[Measured]:
+    """The configurations of the jobs that some keys of the list stand for; what is gone is left out."""
+    uids = dict.fromkeys(key.partition("/")[0] for key in keys[:MAX_ASKED])
+    return [one for uid in uids if (job := find(home, uid)) for one in _of(job)]
+
+
+def _of(job: Job) -> list[Measured]:
     found = []
-    for job in JobStore(home).jobs(states=("succeeded", "failed")):
-        for entry in measured(job.result):
-            label = full_name(job, entry)
-            choice = f"{label}, {job.model}, {ago(job.created_at)}"
-            found.append(Measured(pair_key(job, entry["name"]), label, choice, entry["rows"]))
+    for entry in measured(job.result):
+        label = plain(full_name(job, entry))
+        choice = f"{label}, {plain(job.model)}, {ago(job.created_at)}"
+        found.append(Measured(pair_key(job, entry["name"]), label, choice, entry["rows"]))
     return found
 
 

@@ -1,11 +1,14 @@
 """One job, `/job?id=UID`: where it stands, its layers' errors, its log, and what came out, of every configuration.
 
-Everything shown is read from the store and the job's files, so a reload or another browser shows the same.
+Everything shown is read from the store and the job's files, so a reload or another browser shows the same. While
+the store cannot be read the page says so, keeps what it shows and goes on asking.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,23 +20,18 @@ from backend.jobs.results import measured, results_of
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
 from ui.charts import layer_errors, size_against
-from ui.jobview import actions, badge, overview, stage_list
+from ui.jobview import actions, badges, history_table, overview, stage_list
 from ui.layout import ACTION_JS, card, empty, esc, link, notice, page
+from ui.logview import LOG_JS, frame_html, functions
 from ui.madeview import made, notes
-from ui.pages.jobs import act_on
+from ui.pages.jobs import act_on, actor_of, digest
+from ui.reading import asked, briefly, find, store_notice
 from ui.resultview import combined_html, result_table
 
 REFRESH_S = 1.0
-LOG_LINES = 400
-# Keeps the log at its end unless the reader has scrolled up; Gradio's `autoscroll` leaves the first load at its top.
-FOLLOW_JS = """
-const box = element.closest('#log');
-let follow = true;
-box.addEventListener('scroll', () => { follow = box.scrollHeight - box.scrollTop - box.clientHeight < 40; });
-watch('value', () => { if (follow) box.scrollTop = box.scrollHeight; });
-"""
+IDLE_REFRESH_S = 5.0
 
-Seen = dict[str, Any]  # what this page has shown: uid, log cursor and lines, rows of the charts, HTML of each part
+Seen = dict[str, Any]  # what this page has shown: uid, digests of its parts, what its charts were drawn from
 
 
 def build(demo: gr.Blocks, home: Home) -> None:
@@ -52,41 +50,57 @@ def build(demo: gr.Blocks, home: Home) -> None:
                 chart = gr.Plot(show_label=False, elem_id="layers", elem_classes=["qd-plot"], visible=False)
         saved = gr.HTML(visible=False, elem_id="artefact")
         gr.HTML('<div class="qd-section"><h2>Log</h2></div>')
-        log = gr.HTML(
-            '<p class="qd-muted qd-small">Nothing is written yet.</p>',
-            js_on_load=FOLLOW_JS,
+        gr.HTML(
+            frame_html(),
+            js_on_load=LOG_JS,
+            server_functions=functions(home),
             elem_id="log",
             elem_classes=["qd-log-box"],
         )
+        history = gr.HTML(visible=False, elem_id="history")
     seen = gr.State({})
     timer = gr.Timer(REFRESH_S)
-    parts = {"head": head, "facts": facts, "result": result, "stages": stages, "notes": remarks, "made": saved}
-    outputs = [seen, timer, *parts.values(), scatter, chart, log]
+    parts = {
+        "head": head, "facts": facts, "result": result, "stages": stages, "notes": remarks, "made": saved,
+        "history": history,
+    }  # fmt: skip
+    outputs = [seen, timer, said, *parts.values(), scatter, chart]
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
     def show(now: Seen) -> list[Any]:
         """Everything that changed since this page was last updated."""
-        uid = now.get("uid")
+        now = dict(now)
+        nothing = [gr.skip() for _ in range(len(outputs) - 3)]
         try:
-            job = JobStore(home).get(uid) if uid else None
-        except JobError:
-            job = None
+            with briefly():
+                job = find(home, str(now.get("uid") or ""))
+                events = JobStore(home).history(job.uid) if job else []
+                charts = [_scatter(job, now), _chart(home, job, now)] if job else []
+        except JobError as error:
+            now["trouble"] = True
+            now.pop("pace", None)
+            return [now, gr.Timer(REFRESH_S), gr.HTML(store_notice(error), visible=True), *nothing]
         if job is None:
             text = "The address of this page names no job, or one that is not in this home."
             missing = empty("No such job", text, link("All jobs", "/", "primary"))
-            return [now, gr.Timer(active=False), missing, *[gr.skip() for _ in range(len(outputs) - 3)]]
-        now = dict(now)
-        updates = [_changed(now, name, html) for name, html in _html_parts(job).items()]
-        charts = [_scatter(job, now), _chart(home, job, now)]
-        return [now, gr.Timer(active=job.is_active), *updates, *charts, _log(home, job, now)]
+            return [now, gr.Timer(active=False), gr.HTML(visible=False), missing, *nothing[1:]]
+        now["uid"] = job.uid
+        told = gr.HTML(visible=False) if now.pop("trouble", None) else gr.skip()
+        html = {**_html_parts(job, now.get("turn", 0)), "history": history_table(events)}
+        updates = [_changed(now, name, part) for name, part in html.items()]
+        return [now, _pace(now, job), told, *updates, *charts]
 
     def on_load(request: gr.Request) -> list[Any]:
         return show({"uid": request.query_params.get("id", "")})
 
-    def on_action(now: Seen, event: gr.EventData) -> tuple[Any, Seen]:
-        again = {**now, "head": None}  # redraws the buttons
+    def on_action(now: Seen, event: gr.EventData, request: gr.Request) -> tuple[Any, Seen]:
+        act, uid = asked(event)
+        again = {**now, "turn": now.get("turn", 0) + 1}  # redraws the buttons
+        if uid != now.get("uid"):
+            return gr.HTML(notice("error", "Nothing was changed", "Reload this page."), visible=True), again
         try:
-            act_on(home, str(event.act), str(event.uid))
+            with briefly():
+                act_on(home, act, uid, actor=actor_of(request))
         except QuantdeckError as error:
             return gr.HTML(notice("error", "Nothing was changed", error.message), visible=True), again
         return gr.HTML(visible=False), again
@@ -96,10 +110,10 @@ def build(demo: gr.Blocks, home: Home) -> None:
     head.click(on_action, [seen], [said, seen], **quiet).then(show, [seen], outputs, **quiet)
 
 
-def _html_parts(job: Job) -> dict[str, str]:
+def _html_parts(job: Job, turn: int) -> dict[str, str]:
     entries = results_of(job.result)
     return {
-        "head": head_html(job),
+        "head": head_html(job, turn),
         "facts": overview(job),
         "result": result_html(job),
         "stages": card(stage_list(job), "Stages"),
@@ -118,29 +132,60 @@ def result_html(job: Job) -> str:
     return card(result_table(job.model, entries[0]["rows"]), classes="qd-flush")
 
 
-def head_html(job: Job) -> str:
-    """The job's name, state and what can be done with it."""
+def head_html(job: Job, turn: int = 0) -> str:
+    """The job's name, state and what can be done with it.
+
+    Args:
+        job: The job.
+        turn: Number of clicks answered; a new number draws the buttons anew.
+    """
     return (
-        f'<div class="qd-title"><div><a class="qd-small qd-muted" href="/">All jobs</a>'
-        f'<h1>{esc(job.job_id)} <span style="vertical-align:4px">{badge(job.state)}</span></h1></div>'
+        f'<div class="qd-title" data-turn="{turn}"><div><a class="qd-small qd-muted" href="/">All jobs</a>'
+        f'<h1>{esc(job.job_id)} <span style="vertical-align:4px">{badges(job)}</span></h1></div>'
         f'<div class="qd-actions">{actions(job, here=True)}</div></div>'
     )
 
 
 def _changed(now: Seen, name: str, html: str) -> Any:
-    if now.get(name) == html:
+    seen = digest(html)
+    if now.get(name) == seen:
         return gr.skip()
-    now[name] = html
+    now[name] = seen
     return gr.HTML(html, visible=bool(html))
 
 
-def _chart(home: Home, job: Job, now: Seen) -> Any:
-    rows = control.layer_errors(home, job.uid)
-    if rows == now.get("layers", []):
+def _pace(now: Seen, job: Job) -> Any:
+    """A job that is over is looked at now and then: it can be resumed from elsewhere."""
+    pace = REFRESH_S if job.is_active else IDLE_REFRESH_S
+    if now.get("pace") == pace:
         return gr.skip()
-    now["layers"] = rows
+    now["pace"] = pace
+    return gr.Timer(pace)
+
+
+def _chart(home: Home, job: Job, now: Seen) -> Any:
     labels = {entry["name"]: entry["label"] for entry in results_of(job.result)}
-    return gr.Plot(layer_errors(rows, labels), visible=True)
+    state = [_version(home.run_dir(job.uid) / "events.jsonl"), labels]
+    if state == now.get("layers"):
+        return gr.skip()
+    rows = _layers(home, job.uid, state[0])
+    now["layers"] = state
+    return gr.Plot(layer_errors(rows, labels), visible=True) if rows else gr.skip()
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Size and time of a file; both 0 if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=32)
+def _layers(home: Home, uid: str, version: tuple[int, int]) -> list[dict[str, Any]]:
+    """The errors by layer, read once for all visitors as long as the job's events are of that version."""
+    return control.layer_errors(home, uid)
 
 
 def _scatter(job: Job, now: Seen) -> Any:
@@ -169,12 +214,3 @@ def size_points(entries: Sequence[Mapping[str, Any]]) -> tuple[str, Any, Any] | 
         baseline = baseline or (size["baseline"] * scale, score["baseline"])
         points.append((str(entry["name"]), size["quantized"] * scale, score["quantized"]))
     return (heading, baseline, points) if len(points) > 1 else None
-
-
-def _log(home: Home, job: Job, now: Seen) -> Any:
-    lines, cursor = control.tail_log(home, job.uid, now.get("cursor"))
-    if not lines:
-        return gr.skip()
-    now["cursor"] = cursor
-    now["log"] = [*now.get("log", []), *lines][-LOG_LINES:]
-    return f'<pre class="qd-log">{esc(chr(10).join(now["log"]))}</pre>'
