@@ -15,6 +15,7 @@ from backend.errors import JobError
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.schema import parse_yaml
+from tests.jobs.stored import start
 from ui.chat_pair import SIDES, ChatPair, pair_key, quantized_dir
 from ui.draft import TEMPLATE
 
@@ -26,13 +27,13 @@ def finished_job(home: Home, model_dir: Path = MODEL_DIR, *, several: bool = Fal
     """A succeeded job whose artefact is the demo model itself; a loader does not care how a folder came to be."""
     store = JobStore(home)
     job = store.create(TEMPLATE, parse_yaml(TEMPLATE).config, device="cpu")
-    store.move(job.uid, "running", actor="test", attempt=1)
+    assert start(store, job)
     result: dict[str, Any] = {"model_dir": str(model_dir), "artefact": str(MODEL_DIR)}
     if several:
         folders = {"w4": str(MODEL_DIR), "w3": str(home.root / "gone")}
         result["results"] = [{"name": n, "label": n, "artefact": f, "rows": []} for n, f in folders.items()]
-    store.update(job.uid, 1, artefact=str(MODEL_DIR), result=result)
-    store.move(job.uid, "succeeded", actor="test", attempt=1)
+    assert store.update(job.uid, 1, artefact=str(MODEL_DIR), result=result)
+    assert store.move(job.uid, "succeeded", actor="runner", attempt=1)
     return job.uid
 
 

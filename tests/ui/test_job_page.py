@@ -16,6 +16,8 @@ from ui.draft import TEMPLATE
 from ui.pages import job as job_page
 from ui.pages.job import IDLE_REFRESH_S, REFRESH_S
 
+NOBODY = SimpleNamespace(username=None)  # the request of a page that needs no login
+
 PARTS = ("seen", "timer", "said", "head", "facts", "result", "stages", "notes", "made", "history", "scatter", "chart")
 
 
@@ -152,15 +154,15 @@ def test_buttons_of_the_page_act_on_its_own_job_only(home, job, page):
     other = TEMPLATE.replace("my-first-job", "another")
     other = JobStore(home).create(other, parse_yaml(other).config, device="cpu")
     seen = page.show({"uid": job.uid})["seen"]
-    said, after = page.on_action(seen, gr.EventData(None, {"act": "cancel", "uid": other.uid}))
+    said, after = page.on_action(seen, gr.EventData(None, {"act": "cancel", "uid": other.uid}), NOBODY)
     assert "Nothing was changed" in said.value and JobStore(home).get(other.uid).state == "queued"
-    said, after = page.on_action(after, gr.EventData(None, {"act": "resume", "uid": job.uid}))
+    said, after = page.on_action(after, gr.EventData(None, {"act": "resume", "uid": job.uid}), NOBODY)
     assert "Nothing was changed" in said.value
     assert sent(page.show(after)["head"])  # the button can be used again
-    said, after = page.on_action(after, gr.EventData(None, {"act": "cancel", "uid": job.uid}))
+    said, after = page.on_action(after, gr.EventData(None, {"act": "cancel", "uid": job.uid}), NOBODY)
     assert said.visible is False and "Cancelled" in page.show(after)["head"].value
     for data in (None, [], {"act": 1, "uid": job.uid}, {"act": "drop table", "uid": job.uid}):
-        assert "Nothing was changed" in page.on_action(after, gr.EventData(None, data))[0].value
+        assert "Nothing was changed" in page.on_action(after, gr.EventData(None, data), NOBODY)[0].value
 
 
 def test_the_log_is_asked_for_by_the_browser_and_kept_by_nobody(home, job):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import time
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -21,6 +22,8 @@ from ui.draft import TEMPLATE
 from ui.pages import jobs as jobs_page
 from ui.pages.jobs import PATIENCE, View, act_on, filters_html, moved, read_list, table_html, title_html
 from ui.reading import Results
+
+NOBODY = SimpleNamespace(username=None)  # the request of a page that needs no login
 
 DRAWN = ("heading", "health", "filters", "table", "seen")
 
@@ -188,7 +191,7 @@ def test_another_search_begins_at_its_first_page(many):
     refresh, on_action = handler(many, "refresh"), handler(many, "on_action")
     shown = drawn(refresh(View("failed", page=3), "model-3", {}))["table"]
     assert "1 to 50 of 600 jobs" in shown
-    view, _, _ = on_action(View("failed"), "model-3", gr.EventData(None, {"act": "page", "uid": "2"}))
+    view, _, _ = on_action(View("failed"), "model-3", gr.EventData(None, {"act": "page", "uid": "2"}), NOBODY)
     assert view == View("failed", "model-3", 2, turn=1)
     assert "51 to 100 of 600 jobs" in drawn(refresh(view, "model-3", {}))["table"]
     assert "1 to 50 of 2,000 jobs" in drawn(refresh(view, "", {}))["table"]
@@ -220,7 +223,7 @@ def test_buttons_do_what_the_state_allows_and_say_no_else(home):
 def test_a_crafted_click_changes_nothing_and_is_answered(home, data):
     job = submit(home)
     on_action = handler(home, "on_action")
-    _, _, said = on_action(View(), "", gr.EventData(None, data))
+    _, _, said = on_action(View(), "", gr.EventData(None, data), NOBODY)
     assert "Nothing was changed" in said.value
     assert JobStore(home).get(job.uid).state == "queued"
 
@@ -229,12 +232,12 @@ def test_a_click_is_answered_and_draws_its_button_anew(home):
     job = submit(home)
     on_action, refresh = handler(home, "on_action"), handler(home, "refresh")
     before = drawn(refresh(View(), "", {}))
-    view, _, said = on_action(View(), "", gr.EventData(None, {"act": "cancel", "uid": job.uid}))
+    view, _, said = on_action(View(), "", gr.EventData(None, {"act": "cancel", "uid": job.uid}), NOBODY)
     assert "was cancelled" in said.value
     assert "Cancelled" in drawn(refresh(view, "", before["seen"]))["table"]
     # A click that is refused leaves the job as it was, and yet the table is sent again.
     seen = drawn(refresh(view, "", {}))["seen"]
-    view, _, said = on_action(view, "", gr.EventData(None, {"act": "cancel", "uid": job.uid}))
+    view, _, said = on_action(view, "", gr.EventData(None, {"act": "cancel", "uid": job.uid}), NOBODY)
     assert "Nothing was changed" in said.value
     assert isinstance(drawn(refresh(view, "", seen))["table"], str)
 
@@ -286,7 +289,7 @@ def test_a_busy_store_is_told_and_the_page_goes_on(home):
     writer.execute("BEGIN EXCLUSIVE")
     begin = time.monotonic()
     busy = drawn(refresh(View(), "", before["seen"]))
-    _, _, said = on_action(View(), "", gr.EventData(None, {"act": "cancel", "uid": job.uid}))
+    _, _, said = on_action(View(), "", gr.EventData(None, {"act": "cancel", "uid": job.uid}), NOBODY)
     assert time.monotonic() - begin < 30  # the store's own patience is 60 s
     assert "The job store is busy" in busy["health"].value and busy["health"].visible
     assert "Nothing was changed" in said.value
