@@ -16,6 +16,7 @@ import pytest
 
 from backend.errors import JobError
 from backend.jobs import control, database
+from backend.jobs.migrations import migrations, schedule_jobs
 from backend.jobs.states import FINAL
 from backend.jobs.store import JobStore, StoreBusyError
 from backend.paths import PROJECT, Home
@@ -449,15 +450,19 @@ def test_a_database_of_the_first_version_is_brought_up_once_by_two_processes_at_
     assert store.check() == []
 
 
+def test_the_store_knows_every_migration_by_name():
+    assert [migration.name for migration in migrations._migrations] == list(database.MIGRATIONS)
+
+
 def test_a_migration_that_fails_leaves_the_database_as_it_was(home, monkeypatch):
     first_version(home)
     before = home.jobs_db.read_bytes()
 
     def breaks(db):
-        database.schedule_jobs(db)
+        schedule_jobs(db)
         raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setitem(database.MIGRATIONS, "schedule_jobs", breaks)
+    monkeypatch.setattr(migrations._migrations[1], "fn", breaks)
     with pytest.raises(JobError, match="disk I/O error"):
         JobStore(home)
     assert home.jobs_db.read_bytes() == before

@@ -156,7 +156,7 @@ def test_two_processes_may_create_the_store_at_once(home):
     assert JobStore(home).jobs() == [] and JobStore(home).check() == []
 
 
-def test_the_database_reads_with_plain_sql_and_guards_its_states(home):
+def test_the_database_reads_with_plain_sql_and_guards_states_and_history(home):
     store = JobStore(home)
     job = make(store)
     with sqlite3.connect(home.jobs_db) as db:
@@ -164,6 +164,9 @@ def test_the_database_reads_with_plain_sql_and_guards_its_states(home):
         assert row[:2] == ("one", "queued") and json.loads(row[2]) == {}
         with pytest.raises(sqlite3.IntegrityError):
             db.execute("UPDATE jobs SET state = 'dancing'")
+        for change in ("DELETE FROM job_events", "UPDATE job_events SET actor = 'nobody'"):
+            with pytest.raises(sqlite3.IntegrityError, match="only grows"):
+                db.execute(change)
 
 
 def test_a_failed_job_is_queued_again_with_the_next_attempt(home):
