@@ -266,6 +266,7 @@ def test_a_low_water_mark_stops_a_job_before_the_disk_is_full(jobs):
     assert jobs.launch(job).wait(60) == 0
     ended = jobs.get(job)
     assert (ended.state, ended.outcome) == ("failed", "disk_full") and "min_free_bytes" in ended.reason
+    jobs.examined = False  # the doctor is right to complain about the disk
 
 
 def test_an_engine_without_memory_fails_with_that_outcome_and_advice(jobs):
@@ -362,8 +363,9 @@ def test_a_hundred_cancels_at_once_are_one(jobs):
 def test_cancel_and_end_at_the_same_moment_leave_one_final_state(jobs, tmp_path):
     """The runner's own last step against the user's click, often enough that both orders happen."""
     seen = set()
+    jobs.examined = False  # these jobs succeed without any work
     with hold_lock(control.scheduler_lock(jobs.home)), LogWriter(tmp_path / "log", Settings().jobs) as output:
-        for number in range(60):
+        for number in range(200):
             job = jobs.create({"name": "w4"}, name=f"race{number}")
             jobs.store.grant(job.uid, 1, ["cpu:0"])
             jobs.store.move(job.uid, "running", actor="runner", attempt=1)

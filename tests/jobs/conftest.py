@@ -9,9 +9,12 @@ from tests.jobs.harness import Jobs
 
 @pytest.fixture
 def jobs(home, monkeypatch):
-    """The jobs of an empty home, whose programs are fakes."""
+    """The jobs of an empty home, whose programs are fakes; what a test leaves of ended jobs is looked at."""
     monkeypatch.setattr(control, "RUNNER", fake_scheduler.RUNNER)
     monkeypatch.setattr(control, "SCHEDULER", fake_scheduler.SCHEDULER)
     made = Jobs(home)
-    yield made
-    made.end()
+    try:
+        yield made
+        made.are_sound()
+    finally:
+        made.end()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from backend.jobs import control
+from backend.errors import JobError
+from backend.jobs import control, doctor
 from backend.jobs.store import JobStore
 from backend.paths import PROJECT, Home
 from backend.process import end_leftovers, processes_of
@@ -35,6 +36,7 @@ class Jobs:
         (home.root / "quantdeck.toml").write_text(settings)
         self.store = JobStore(home)
         self.started = []
+        self.examined = True
 
     def create(self, *configurations, name="job", measure=False, changes=None, device="cpu", **more):
         """A queued job of these configurations, which nobody starts yet; it may differ from the others' in `more`."""
@@ -121,6 +123,20 @@ class Jobs:
         until(lambda: not processes_of(job.uid))
         assert [lease for lease in self.store.leases() if lease.uid == job.uid] == []
         assert self.store.check() == []
+
+    def are_sound(self):
+        """If all jobs have ended, the doctor finds nothing (unless `examined` was set to False)."""
+        if not self.examined:
+            return
+        try:
+            if any(job.is_active for job in self.store.jobs()):
+                return
+        except JobError:  # a disk that the test took away
+            return
+        deadline = time.monotonic() + 20.0  # runners still end after they have told the last state
+        while problems := [p.what for f in doctor.examine(self.home, deep=True, grace_s=0.0) for p in f.problems]:
+            assert time.monotonic() < deadline, "\n".join(problems)
+            time.sleep(0.2)
 
     def end(self):
         """End everything that works on the home."""
