@@ -150,8 +150,28 @@ class _Part:
 def _open_all(path: Path, *, only_newest: bool = False) -> list[_Part]:
     """The files of a log, oldest first, each once although they may be renamed meanwhile.
 
-    They are opened newest first: a file only ever moves to a higher number, so none that exists can be missed.
+    They are opened newest first: a file only ever moves to a higher number, so none that exists can be missed. If the
+    log is rotated meanwhile, it is done again: of two rotations the first one's new file would be out of its order.
     """
+    for _ in range(10):
+        found = _open_once(path, only_newest=only_newest)
+        if only_newest or not found or _inode(path) in (found[-1].inode, None):
+            break
+        for part in found:
+            os.close(part.fd)
+    else:
+        return _open_once(path, only_newest=only_newest)
+    return found
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except OSError:  # just being rotated
+        return None
+
+
+def _open_once(path: Path, *, only_newest: bool) -> list[_Part]:
     found: dict[int, _Part] = {}
     number, last = 0, 0 if only_newest else max(rotated(path), default=0)
     while number <= last:
@@ -312,7 +332,6 @@ class _Followed:
             self._blocks.append(_Block(_File(part.inode, b"", 0), 0, b""))
         block = self._blocks[-1]
         file = block.file
-        file.look_at(part)
         size = os.fstat(part.fd).st_size
         if size - file.end > CACHED_BYTES:
             start = _line_start(part, size - CACHED_BYTES)
@@ -320,6 +339,7 @@ class _Followed:
             self._blocks = [block]
             file.end = start
         data = _whole_lines(_read(part.fd, file.end, size - file.end), last=not newest)
+        file.look_at(part)  # only now: it must know as much of the beginning as cursors into these lines say
         if len(block.data) > CACHED_BYTES // 8:
             block = _Block(file, file.end, b"")
             self._blocks.append(block)

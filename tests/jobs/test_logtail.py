@@ -347,3 +347,51 @@ def test_descriptors_are_given_back(path):
                 next(read_all(path))
     tail(path, "1-2-3")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_line_that_comes_while_the_beginning_is_read_makes_no_wrong_cursor(path, monkeypatch):
+    """A cursor's checksum is of the first 128 bytes; they may be written between two looks at a young file."""
+    path.write_text("first\n")
+    look_at = logtail._File.look_at
+
+    def and_the_writer_goes_on(file, part):
+        look_at(file, part)
+        with open(path, "a") as log:
+            log.write("x" * 200 + "\n")
+
+    monkeypatch.setattr(logtail._File, "look_at", and_the_writer_goes_on)
+    lines, cursor = tail(path)
+    monkeypatch.undo()
+    with open(path, "a") as log:
+        log.write("last\n")
+    rest, _ = tail(path, cursor)
+    assert [*lines, *rest] == ["first", "x" * 200, "last"]
+
+
+def test_two_rotations_while_the_files_are_opened_change_no_order(path, monkeypatch):
+    with LogWriter(path, Small(log_files=30)) as writer:
+        for n in range(300):
+            writer.line(f"line {n}")
+        once, turns = logtail._open_once, []
+
+        def slowly(path, *, only_newest):
+            real = os.open
+
+            def then_two_rotations(*arguments):
+                fd = real(*arguments)
+                if not turns:
+                    turns.append(len(rotated(path)))
+                    while len(rotated(path)) < turns[0] + 2:
+                        writer.line("x" * 100)
+                return fd
+
+            monkeypatch.setattr(os, "open", then_two_rotations)
+            try:
+                return once(path, only_newest=only_newest)
+            finally:
+                monkeypatch.setattr(os, "open", real)
+
+        monkeypatch.setattr(logtail, "_open_once", slowly)
+        lines = b"".join(read_all(path)).decode().splitlines()
+    kept = [int(line.split()[1]) for line in lines if line.startswith("line ")]
+    assert turns and kept == sorted(kept) and lines[-1] == "x" * 100
