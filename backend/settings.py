@@ -58,8 +58,7 @@ class ModelSettings(_Section):
     Attributes:
         roots: Folders, beside `<home>/user_data/models`, whose models and texts the web page may use; absolute.
         allow_pickle: Weights stored as pickle may be converted to safetensors by a job.
-        allow_remote_code: Always false: no part of Quantdeck runs code that comes with a model. The key is there so
-            that a file which asks for it is told, instead of believing that it has an effect.
+        allow_remote_code: Jobs with TRUST_REMOTE_CODE may run code that comes with their model.
     """
 
     roots: tuple[str, ...] = ()
@@ -75,13 +74,6 @@ class ModelSettings(_Section):
             if root.rstrip("/") == "":
                 raise ValueError("the whole file system cannot be a root; name the folders that hold models")
         return roots
-
-    @field_validator("allow_remote_code")
-    @classmethod
-    def _never(cls, allowed: bool) -> bool:
-        if allowed:
-            raise ValueError("this version never runs code that comes with a model; it can only be false")
-        return allowed
 
 
 class WebSettings(_Section):

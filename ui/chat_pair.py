@@ -19,6 +19,7 @@ from backend.errors import JobError, QuantdeckError
 from backend.jobs.devices import torch_device
 from backend.jobs.results import result_named, results_of
 from backend.jobs.store import Job, JobStore
+from backend.jobs.trust import code_modules
 from backend.paths import Home
 
 IDLE_S = 900.0
@@ -73,11 +74,13 @@ class ChatPair:
 
         Raises:
             JobError: If there is no such job or configuration, it has no artefact, or the models are in use.
+            ConfigError: If the models run code of their own, and the operator no longer allows it.
             EngineError: If a model cannot be loaded.
         """
         uid, _, name = key.partition("/")
         job = JobStore(self.home).get(uid)
         folders = dict(zip(SIDES, (baseline_dir(job), quantized_dir(job, name)), strict=True))
+        modules = code_modules(self.home, job)
         with self._use():
             if self.key != key:
                 self._close()
@@ -85,7 +88,7 @@ class ChatPair:
                 try:
                     for side, folder in folders.items():
                         yield f"Loading the {side} model"
-                        model = ModelProcess(folder, torch_device(job.device))
+                        model = ModelProcess(folder, torch_device(job.device), code_modules=modules)
                         self._models[side] = model
                         model.start()
                 except BaseException:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+from backend.errors import QuantdeckError
 from backend.jobs.outcomes import advice
 from backend.jobs.results import measured, results_of
 from backend.jobs.store import Job
+from backend.schema import parse_yaml
 from ui.format import ago, clock, duration, elapsed, moment, significant, size
-from ui.layout import action, card, esc, facts, link, notice
+from ui.layout import REMOTE_CODE, action, card, esc, facts, link, notice
 from ui.resultview import impact_class, impact_text
 
 STATE_WORDS = {
@@ -261,9 +264,18 @@ def overview(job: Job) -> str:
     return f'<div class="qd-stack">{notices(job)}{card(facts([row for row in rows if row[1] != "-"]))}</div>'
 
 
+@lru_cache(maxsize=64)
+def runs_remote_code(config_yaml: str) -> bool:
+    """Whether a job asks to run code that comes with its model."""
+    try:
+        return parse_yaml(config_yaml).config.TRUST_REMOTE_CODE
+    except QuantdeckError:  # a file of an older version
+        return False
+
+
 def notices(job: Job) -> str:
     """What one should know of a job before anything else: why it waits, fails or is silent, and what to do."""
-    told = _told(job)
+    told = (notice("error", *REMOTE_CODE) if runs_remote_code(job.config_yaml) else "") + _told(job)
     if is_silent(job):
         told += notice(
             "warn",

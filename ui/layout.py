@@ -121,6 +121,14 @@ def card(body: str, heading: str = "", *, classes: str = "") -> str:
     return f'<section class="qd-card {classes}">{head}{body}</section>'
 
 
+REMOTE_CODE = (
+    "This job may run code that comes with its model",
+    "Such code has all rights of the user that runs Quantdeck: it can read and change that user's files. The operator "
+    "has allowed such jobs here.",
+)
+"""Heading and text of the notice at every job with TRUST_REMOTE_CODE."""
+
+
 def notice(kind: str, heading: str, text: str = "") -> str:
     """A message box of kind `info`, `warn`, `error` or `good`; `heading` and `text` are plain text."""
     body = f"<p>{esc(text)}</p>" if text else ""

@@ -17,7 +17,7 @@ from backend.schema import JobConfig
 from backend.sources.models import ModelFacts, model_facts, resolve_model
 from ui.draft import FIELDS, Draft, FormField, merge
 from ui.format import count, size
-from ui.layout import card, esc, facts, notice
+from ui.layout import REMOTE_CODE, card, esc, facts, notice
 
 Problem = tuple[FormField | None, str, str]  # the control it belongs to, its key in the file, what is wrong
 
@@ -120,7 +120,7 @@ def _forecast(config: JobConfig, checked: Checked) -> str:
         ("Saved in", f"{config.USER_FOLDER}/jobs/{config.JOB_SERVICE}/{config.JOB_ID}"),
     ]
     notes = "".join(f'<p class="qd-muted qd-small" style="margin:10px 0 0">{esc(note)}</p>' for note in checked.notes)
-    return facts(rows) + notes
+    return (notice("error", *REMOTE_CODE) if config.TRUST_REMOTE_CODE else "") + facts(rows) + notes
 
 
 def _size_text(predicted: int | None, baseline: int | None) -> str:

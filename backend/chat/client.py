@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from backend.errors import EngineError
+from backend.formats import remote_code
 from backend.paths import PROJECT
 from backend.process import QUIET_THREADS
 
@@ -43,13 +44,21 @@ class ModelProcess:
         device: `cpu`, `cuda` or `cuda:N`.
         dtype: Compute dtype by name, None for the loader's default.
         threads: CPU threads of the child, None for torch's choice.
+        code_modules: Where the modules of the model's own code are copied to; None: it may not run such code.
     """
 
     def __init__(
-        self, model_dir: str | Path, device: str = "cpu", *, dtype: str | None = None, threads: int | None = None
+        self,
+        model_dir: str | Path,
+        device: str = "cpu",
+        *,
+        dtype: str | None = None,
+        threads: int | None = None,
+        code_modules: Path | None = None,
     ) -> None:
         self.model_dir = Path(model_dir).expanduser().resolve()
         self.device = device
+        self._code_modules = code_modules
         self.info: State = {}
         self._options = [*(["--dtype", dtype] if dtype else []), *(["--threads", str(threads)] if threads else [])]
         self._child: subprocess.Popen[str] | None = None
@@ -191,7 +200,7 @@ class ModelProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             cwd=PROJECT,
-            env={**os.environ, **QUIET_THREADS},
+            env=remote_code.environment({**os.environ, **QUIET_THREADS}, self._code_modules),
             text=True,
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C in the terminal is for us; the child ends with our end of the pipe

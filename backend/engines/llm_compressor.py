@@ -22,6 +22,7 @@ from backend.engines.llm_problems import check_llm
 from backend.errors import CheckpointError, ConfigError, DataError, EngineError, QuantdeckError
 from backend.event_stream import EventWriter
 from backend.files import required, sync_path
+from backend.formats.remote_code import remote_code_allowed
 from backend.formats.side_files import copy_side_files
 from backend.schema.llm_tables import NO_SCHEME
 from backend.schema.llmcompressor import LLMCompressorSettings
@@ -132,7 +133,7 @@ def _load(source: Path, settings: LLMCompressorSettings, seed: int) -> Any:
         source,
         dtype=getattr(torch, settings.dtype),
         local_files_only=True,
-        trust_remote_code=False,
+        trust_remote_code=remote_code_allowed(),
         use_safetensors=True,
     )
 

@@ -22,7 +22,7 @@ from backend.files import required, sha256_file, write_json
 FORMAT = 1
 """Raise it when a protocol's meaning changes: older entries then no longer match."""
 
-_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
 _NOT_MEASURED = frozenset({"model_dir", "samples_dir", "stage", "configuration"})
 """Keys of a request that do not change its numbers."""
 

@@ -13,6 +13,7 @@ from backend.demo import MODEL_DIR
 from backend.errors import ConfigError, EngineError
 from backend.evaluate.tasks import check_tasks
 from backend.files import write_json
+from backend.formats import remote_code
 from backend.jobs.devices import choose_device, device_environment, torch_device
 from backend.paths import PROJECT, Home
 from backend.process import QUIET_THREADS
@@ -90,7 +91,8 @@ def evaluate_folder(
 
 
 def _environment(device: str) -> dict[str, str]:
-    return {**os.environ, **device_environment(device), **QUIET_THREADS, "TQDM_DISABLE": "1"}
+    found = {**os.environ, **device_environment(device), **QUIET_THREADS, "TQDM_DISABLE": "1"}
+    return remote_code.environment(found, None)
 
 
 def _reason(output: bytes) -> str:

@@ -28,6 +28,7 @@ from backend.evaluate.metrics import Metric, versions
 from backend.evaluate.stats import median_interval
 from backend.event_stream import EventWriter, Progress
 from backend.files import required
+from backend.formats.remote_code import own_modules
 
 SIDES = ("baseline", "quantized")
 LOADING_FACTOR = 1.5
@@ -96,8 +97,8 @@ def measure_speed(
     """
     options = {"device": settings.device, "dtype": settings.dtype, "threads": settings.threads}
     models = {
-        "baseline": ModelProcess(baseline_dir, **options),  # type: ignore[arg-type]
-        "quantized": ModelProcess(quantized_dir, **options),  # type: ignore[arg-type]
+        "baseline": ModelProcess(baseline_dir, code_modules=own_modules(), **options),  # type: ignore[arg-type]
+        "quantized": ModelProcess(quantized_dir, code_modules=own_modules(), **options),  # type: ignore[arg-type]
     }
     runs = {side: Runs([], [], {}) for side in SIDES}
     total = 2 * (settings.warmup + settings.repetitions)

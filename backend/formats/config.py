@@ -15,6 +15,7 @@ from typing import Any
 
 from backend.errors import ModelError
 from backend.formats.regular import read_regular
+from backend.formats.remote_code import KEY, SETTING, check_own_code, remote_code_allowed
 
 CODE_KEY = re.compile(
     r"auto_map|\w*_implementation_internal|custom_pipelines?|custom_generate|code_revision|trust_remote_code"
@@ -43,8 +44,12 @@ CONFIG_BYTES = 20_000_000
 SIDE_FILE_BYTES = 100_000_000  # some tokenizers list every token here
 
 
-def read_config_json(model_dir: Path | str) -> dict[str, Any]:
+def read_config_json(model_dir: Path | str, *, remote_code: bool | None = None) -> dict[str, Any]:
     """The content of config.json, of a folder in which no file asks for code.
+
+    Args:
+        model_dir: The model.
+        remote_code: Whether the model may name code of its own folder; None: as this process is allowed to run it.
 
     Raises:
         ModelError: If it is missing, not a JSON object, or a file of the folder asks for remote code; the message
@@ -58,19 +63,20 @@ def read_config_json(model_dir: Path | str) -> dict[str, Any]:
         raise ModelError(f"{model_dir} has no config.json; give the folder of a transformers model.") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds {type(config).__name__}; a JSON object is expected.")
-    refuse_code(path, config)
-    _check_side_files(folder)
+    allowed = remote_code_allowed() if remote_code is None else remote_code
+    refuse_code(path, config, allowed=allowed)
+    _check_side_files(folder, allowed)
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
         raise ModelError(f"{path} sets architectures: {str(names)[:80]!r}; a list of class names is expected.")
     return config
 
 
-def _check_side_files(folder: Path) -> None:
+def _check_side_files(folder: Path, allowed: bool) -> None:
     """Refuse a folder whose other files ask for code, or that is an adapter: loaders would fetch another model."""
     for name in SIDE_FILES:
         try:
-            refuse_code(folder / name, _parse(folder / name, SIDE_FILE_BYTES))
+            refuse_code(folder / name, _parse(folder / name, SIDE_FILE_BYTES), allowed=allowed)
         except FileNotFoundError:
             continue
     if (folder / ADAPTER_FILE).exists() or (folder / ADAPTER_FILE).is_symlink():
@@ -95,12 +101,13 @@ def _parse(path: Path, limit: int) -> Any:
         raise ModelError(f"{path} is not readable JSON ({error}); get the file again.") from None
 
 
-def refuse_code(path: Path, content: Any) -> None:
+def refuse_code(path: Path, content: Any, *, allowed: bool = False) -> None:
     """Refuse a file's content if it makes loaders run code or read unchecked files, at any depth.
 
     Args:
         path: What the message names.
         content: The parsed JSON.
+        allowed: Whether it may name code that lies beside it.
 
     Raises:
         ModelError: Naming the file and the key.
@@ -111,10 +118,13 @@ def refuse_code(path: Path, content: Any) -> None:
                 f"{path} sets {key}: {str(value)[:80]!r}, which makes loaders read other files than those that were "
                 "checked; such models are refused. Take the key out, or get the model from another place."
             )
-        if _asks_for_code(key, value):
+        if key == KEY and allowed:
+            check_own_code(path, value)
+        elif _asks_for_code(key, value):
+            how = f", or run it with TRUST_REMOTE_CODE: true if the operator sets {SETTING}" if key == KEY else ""
             raise ModelError(
                 f"{path} sets {key}: {str(value)[:80]!r}, which makes loaders run code that comes with the model or "
-                "from a hub; such models are refused. Use a model whose architecture is part of transformers."
+                f"from a hub; such models are refused. Use a model whose architecture is part of transformers{how}."
             )
 
 

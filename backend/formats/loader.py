@@ -16,6 +16,7 @@ from backend.errors import CheckpointError, ModelError
 from backend.formats.config import read_config_json
 from backend.formats.headers import read_headers
 from backend.formats.packed_int8 import PermutedLinear, packed_linear
+from backend.formats.remote_code import remote_code_allowed
 from backend.formats.size import TIED_HEADS
 from backend.formats.skeleton import build_skeleton, match_tensors, read_config, state_of
 from backend.formats.stored_linears import StoredLinears, quantization_of, stored_linears
@@ -90,7 +91,9 @@ def load_tokenizer(model_dir: Path | str) -> PreTrainedTokenizerBase:
     """
     read_config_json(model_dir)
     try:
-        return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            str(model_dir), local_files_only=True, trust_remote_code=remote_code_allowed()
+        )
     except Exception as error:  # the tokenizers package raises plain Exception for a broken file
         raise ModelError(f"The tokenizer of {model_dir} cannot be loaded: {str(error)[:500]}") from None
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from backend.formats.remote_code import remote_code_allowed
 from backend.formats.spool import writing
 
 COPIED_FILES = (
@@ -20,13 +21,14 @@ TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Copy the files of a model folder that are neither weights nor config.json.
+    """Copy the files of a model folder that are neither weights nor config.json; its code only where it may be run.
 
     Raises:
         CheckpointError: If the disk is full.
     """
     templates = [path for folder in TEMPLATE_FOLDERS for path in sorted((source / folder).glob("*.jinja"))]
-    for path in [source / name for name in COPIED_FILES] + templates:
+    code = sorted(source.glob("*.py")) if remote_code_allowed() else []
+    for path in [source / name for name in COPIED_FILES] + templates + code:
         if path.is_file():
             target = out / path.relative_to(source)
             with writing(target):

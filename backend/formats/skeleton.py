@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from backend.errors import ModelError
 from backend.formats.config import read_config_json
+from backend.formats.remote_code import remote_code_allowed
 
 # SDPA leaves these out without a word; the model's own attention code applies them.
 EAGER_ONLY_KEYS = ("attn_logit_softcapping",)
@@ -44,6 +45,12 @@ def read_config(model_dir: Path | str) -> PretrainedConfig:
     if not isinstance(model_type, str):
         raise ModelError(f"{model_dir}/config.json has no model_type; give the folder of a transformers model.")
     try:
+        if "auto_map" in raw:  # a class of the model's own code, which `read_config_json` let through
+            config = AutoConfig.from_pretrained(
+                str(model_dir), local_files_only=True, trust_remote_code=remote_code_allowed()
+            )
+            vars(config).pop("quantization_config", None)
+            return config
         return AutoConfig.for_model(**raw)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         raise ModelError(
@@ -64,7 +71,10 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     try:
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
+                config,
+                dtype=dtype,
+                attn_implementation=attention_of(config),
+                trust_remote_code=remote_code_allowed(),
             )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise ModelError(

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from backend.errors import CheckpointError, ModelError
+from backend.formats.remote_code import remote_code_allowed
 
 
 def load_with_transformers(
@@ -44,7 +45,7 @@ def load_with_transformers(
             str(folder),
             dtype=dtype,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=remote_code_allowed(),
             use_safetensors=True,
             output_loading_info=True,
         )

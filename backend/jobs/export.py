@@ -20,7 +20,7 @@ from backend.schema.fields import each
 
 TARGETS = ("yaml", "nyuntam", "llmcompressor", "command")
 OWN_AWQ_KEYS = ("ENGINE", "FORMAT")
-OWN_KEYS = ("PRIORITY", "MAX_ATTEMPTS", "TIME_LIMIT_HOURS")
+OWN_KEYS = ("TRUST_REMOTE_CODE", "PRIORITY", "MAX_ATTEMPTS", "TIME_LIMIT_HOURS")
 HEAD = "lm_head"
 
 Modifiers = dict[str, dict[str, Any]]

@@ -18,6 +18,7 @@ from backend.formats.config import read_config_json
 from backend.formats.headers import has_only_pickles
 from backend.formats.size import predicted_size, weight_bytes
 from backend.jobs.devices import choose_device
+from backend.jobs.trust import check_remote_code
 from backend.paths import Home
 from backend.schema import JobConfig
 from backend.settings import Settings
@@ -93,16 +94,18 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
     engine_key = f"llm.{config.ALGORITHM}.ENGINE" if config.ALGORITHM != "Native" else "ALGORITHM"
     attempt(engine_key, lambda: engine_for(config))
     planned = tuple(configurations(config))
+    attempt("TRUST_REMOTE_CODE", lambda: check_remote_code(config, settings))
+    trusted = config.TRUST_REMOTE_CODE
     if any(_is_awq_below_4_bits(one) for one in planned):
         notes.append("AWQ alone hardly beats plain rounding below 4 bits; GPTQ or AWQ+GPTQ are better there.")
     model = attempt("MODEL", lambda: resolve_model(config, home, confined=confined))
     model_key = "CUSTOM_MODEL_PATH" if config.CUSTOM_MODEL_PATH else "MODEL"
     predicted: dict[str, int] = {}
     if model is not None and model.path is not None and settings.models.allow_pickle and has_only_pickles(model.path):
-        attempt(model_key, lambda: read_config_json(model.path))
+        attempt(model_key, lambda: read_config_json(model.path, remote_code=trusted))
         notes.append("The weights are stored as pickle: the job converts them first, and checks them then.")
     elif model is not None and model.path is not None:
-        facts = attempt(model_key, lambda: quick_check(model.path))
+        facts = attempt(model_key, lambda: quick_check(model.path, remote_code=trusted))
         if facts is not None:
             attempt(model_key, lambda: _check_recipes(facts, config, planned, notes))
             attempt(model_key, lambda: _check_packages(facts, config, planned))

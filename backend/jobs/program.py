@@ -13,6 +13,7 @@ from typing import Any
 
 from backend.disk import NEARLY_FULL, NO_SPACE_EXIT, DiskFullError, free_bytes
 from backend.engines.environments import environment_variables, own_variables
+from backend.formats import remote_code
 from backend.jobs.events import end_torn_line, read_events
 from backend.jobs.logs import LogPump, LogWriter
 from backend.jobs.outcomes import StageError, classify, memory_kills
@@ -31,11 +32,13 @@ class Command:
         argv: The Python, `-m`, the module, the request's file and the result's.
         environment: The environment of its own that this Python belongs to; None if it is ours.
         hub_token: Whether it may see the token for the Hub.
+        code_modules: Where the modules of the model's own code are copied to; None: it may not run such code.
     """
 
     argv: tuple[str, ...]
     environment: str | None = None
     hub_token: bool = False
+    code_modules: Path | None = None
 
     @property
     def module(self) -> str:
@@ -150,7 +153,7 @@ def program_environment(command: Command, device: Mapping[str, str]) -> dict[str
     else:
         allowed = environment_variables(command.environment)
     return {
-        **allowed,
+        **remote_code.environment(allowed, command.code_modules),
         **device,
         **QUIET_THREADS,
         PARENT_VARIABLE: str(os.getpid()),

@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ from backend.jobs.redact import redact
 from backend.jobs.run import Cost, Run
 from backend.jobs.stages import Stage, stages_of
 from backend.jobs.store import Job, JobStore
+from backend.jobs.trust import code_modules
 from backend.paths import Home
 from backend.process import JOB_VARIABLE, adopt_orphans, end_leftovers, failpoint, hold_lock, process_facts
 from backend.schema import parse_yaml
@@ -309,6 +311,8 @@ class Runner:
         run.forget(stage.file)
         command = stage.command(run)
         if command is not None:
+            # Asked at every program: the operator may have changed their mind.
+            command = replace(command, code_modules=code_modules(self.home, self.job))
             log.info("stage %s: %s", run.stage, command.module)
             watch = Watch(
                 on_event=self._follow, on_poll=self._on_poll, on_signal=self._tell_signal, on_stuck=self._tell_stuck,

@@ -121,8 +121,8 @@ def _refused_keys(values: Any, path: str = "") -> Iterator[ConfigError]:
         if _NOT_FOR_JOBS.fullmatch(key):
             text = "a job file cannot set environment variables or addresses; the operator sets them where it starts"
             yield ConfigError(f"{text} Quantdeck", key=place, value=value)
-        elif _CODE_SWITCHES.fullmatch(key) and value not in (False, None, "", 0):
-            text = "never runs code that comes with a model, a dataset or a task; take this key out"
+        elif _CODE_SWITCHES.fullmatch(key) and place != "TRUST_REMOTE_CODE" and value not in (False, None, "", 0):
+            text = "runs code that comes with a model only with TRUST_REMOTE_CODE: true at the top of the file"
             if "pickle" in key.lower():
                 text = "takes pickle files only if quantdeck.toml allows it ([models] allow_pickle); take this key out"
             yield ConfigError(f"found {value!r}; Quantdeck {text}", key=place, value=value)

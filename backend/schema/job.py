@@ -1,8 +1,8 @@
 """The job file: the guides' top-level YAML keys, with the same names, case and meaning.
 
 Keys that the original system reads are honoured. `JOB_PATH` and `ALGO_TYPE`, which it never reads, are kept
-in the file and marked `ignored`. `CALIBRATION`, `EVALUATION`, `BENCHMARK`, `PRIORITY`, `MAX_ATTEMPTS` and
-`TIME_LIMIT_HOURS` are Quantdeck's own.
+in the file and marked `ignored`. `CALIBRATION`, `EVALUATION`, `BENCHMARK`, `TRUST_REMOTE_CODE`,
+`PRIORITY`, `MAX_ATTEMPTS` and `TIME_LIMIT_HOURS` are Quantdeck's own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import string
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 
 from backend.schema.autoawq import AutoAWQSettings
 from backend.schema.fields import drop_empty, setting
@@ -54,6 +54,11 @@ class JobConfig(BaseModel):
     CUSTOM_MODEL_PATH: str | None = setting(
         None, label="Local folder", section="Model", advanced=True,
         help="Folder with config.json and safetensors files, used instead of MODEL's download.",
+    )  # fmt: skip
+    TRUST_REMOTE_CODE: StrictBool = setting(
+        False, label="Run the model's own code", section="Model", advanced=True,
+        help="For models that bring Python code of their own. That code gets all rights of the user that runs "
+        "Quantdeck: read it first. The operator has to allow it too.",
     )  # fmt: skip
     # -- calibration text
     DATASET_NAME: str | None = setting(

@@ -131,7 +131,7 @@ def model_facts(folder: Path) -> ModelFacts:
         ModelError: If config.json is missing or broken.
         CheckpointError: If the weight files are missing, truncated, corrupt or pickles.
     """
-    config = read_config_json(folder)
+    config = read_config_json(folder, remote_code=True)  # the job is asked whether it may run it; here nothing is
     tensors = read_headers(folder)
     by_type: dict[str, int] = {}
     for tensor in tensors:

@@ -24,6 +24,7 @@ from backend.files import sync_path, write_json
 from backend.formats.config import read_config_json
 from backend.formats.headers import INDEX_FILE, MAX_INDEX_BYTES, PICKLE_SUFFIXES, SINGLE_FILE
 from backend.formats.regular import read_regular
+from backend.formats.remote_code import VARIABLE as REMOTE_CODE
 from backend.formats.side_files import copy_side_files
 from backend.paths import PROJECT
 from backend.process import PARENT_VARIABLE
@@ -33,7 +34,7 @@ DOWNLOADED = ["pytorch_model*.bin", PICKLE_INDEX]
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler", "random_states")
 FIRST_SAFE_TORCH = (2, 10)
-PASSED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "OMP_NUM_THREADS", PARENT_VARIABLE)
+PASSED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "OMP_NUM_THREADS", PARENT_VARIABLE, REMOTE_CODE)
 
 
 def convert(folder: Path, out: Path, work: Path) -> Path:

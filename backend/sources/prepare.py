@@ -21,6 +21,7 @@ from backend.event_stream import EventWriter
 from backend.files import sha256_file
 from backend.formats.config import read_config_json
 from backend.formats.headers import has_only_pickles
+from backend.formats.remote_code import remote_code_allowed
 from backend.paths import Home
 from backend.quantize.recipe import Recipe
 from backend.schema import JobConfig, parse_yaml
@@ -39,7 +40,7 @@ BUSY_WAITS_S = (1.0, 4.0, 15.0)
 
 
 def download_model(repo_id: str, cache_dir: Path, *, allow_pickle: bool = False) -> tuple[Path, str]:
-    """Fetch a model from the Hub, without pickles and code.
+    """Fetch a model from the Hub, without pickles, and without code unless this process may run it.
 
     Args:
         repo_id: Its name.
@@ -70,7 +71,7 @@ def download_model(repo_id: str, cache_dir: Path, *, allow_pickle: bool = False)
         raise AssertionError("the last turn returns or raises")
 
     def fetch() -> Path:
-        folder = snapshot(WANTED_FILES)
+        folder = snapshot([*WANTED_FILES, "*.py"] if remote_code_allowed() else WANTED_FILES)
         if allow_pickle and not any(folder.glob("*.safetensors")):
             snapshot(DOWNLOADED, folder.name)
         return folder
@@ -212,7 +213,7 @@ def _tokenizer(model_dir: Path) -> Any:
 
     read_config_json(model_dir)  # refuses files that ask for code
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=remote_code_allowed())
     except Exception as error:  # the tokenizers package raises plain Exception for a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{model_dir} has no usable tokenizer: {reason}") from None

@@ -41,14 +41,18 @@ class QuickFacts:
     linears: dict[str, tuple[int, int]]
 
 
-def quick_check(folder: Path) -> QuickFacts:
+def quick_check(folder: Path, *, remote_code: bool = False) -> QuickFacts:
     """Refuse a model that cannot be quantized.
+
+    Args:
+        folder: The model.
+        remote_code: Whether its job may run code that comes with it; here none is run.
 
     Raises:
         ModelError: If it is quantized already, or of an architecture that is not supported.
         CheckpointError: If weight files are missing, truncated, corrupt or pickles.
     """
-    config = read_config_json(folder)
+    config = read_config_json(folder, remote_code=remote_code)
     name = (config.get("architectures") or [config.get("model_type") or "this model"])[0]
     if config.get("quantization_config"):
         raise ModelError(f"{folder} is quantized already; give the 16-bit model it was made from")

@@ -174,7 +174,7 @@ def _form_sections(form: Form, algorithm: str) -> tuple[gr.HTML, dict[str, gr.Co
         _heading("Model", "What is quantized.")
         form.one("MODEL")
         facts = gr.HTML(elem_id="model-facts")
-        with gr.Accordion("A folder instead of a Hub model", open=False):
+        with gr.Accordion("Local folder, the model's own code", open=False):
             form.section("Model")
     with gr.Column(elem_classes=["qd-form"]):
         _heading(
