@@ -43,8 +43,9 @@ from backend.paths import PROJECT, Home
 from backend.schema import parse_yaml
 from benchmarks import report
 from tests.conftest import demo_text
+from tests.dashboard import free_port, start_app
 from tests.faults import engine
-from tests.faults.browser import Calls, free_port, listed, start_app
+from tests.faults.browser import Calls, listed
 from tests.faults.chaos import end
 
 COLUMNS = ("measured", "median", "p95", "largest")

@@ -3,44 +3,13 @@
 from __future__ import annotations
 
 import secrets
-import socket
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from backend.paths import PROJECT, Home
-
 PREDICT = "/gradio_api/run/predict"
 SERVER_FUNCTION = "/gradio_api/component_server"
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_app(home: Home, port: int, environment: dict[str, str], *, timeout_s: float = 120.0) -> subprocess.Popen:
-    """The real `app.py`, once it answers."""
-    with open(home.root / "app.out", "ab") as out:
-        process = subprocess.Popen(
-            [sys.executable, "app.py", "--port", str(port), "--home", str(home.root)],
-            cwd=PROJECT, stdout=out, stderr=out, env=environment, start_new_session=True,
-        )  # fmt: skip
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/config", timeout=10).status_code == 200:
-                return process
-        except httpx.HTTPError:
-            time.sleep(0.2)
-    process.kill()
-    raise RuntimeError(f"the dashboard does not answer:\n{(home.root / 'app.out').read_text()[-4000:]}")
 
 
 @dataclass(frozen=True)

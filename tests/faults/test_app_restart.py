@@ -17,8 +17,9 @@ from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.schema import parse_yaml
 from tests.conftest import demo_text
+from tests.dashboard import free_port, start_app
 from tests.faults import engine
-from tests.faults.browser import Calls, free_port, listed, start_app
+from tests.faults.browser import Calls, listed
 from tests.faults.chaos import end
 
 SETTINGS = "[jobs]\ncpu_slots = 2\n"

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -18,16 +12,14 @@ from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.schema import parse_yaml
 from tests.conftest import demo_text
+from tests.dashboard import IN_BROWSER, OWN_NOISE, STEP_MS, dashboard, watched_page
 from tests.security.site import PASSWORD
-from tests.ui.test_browser import CHROMIUM, FLAGS, JOB_FILE, OWN_NOISE, ROOT, STEP_MS, foreign, free_port
+from tests.ui.test_browser import JOB_FILE
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 expect = playwright.expect
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}: apt-get install chromium"),
-]
+pytestmark = IN_BROWSER
 
 
 @pytest.fixture
@@ -43,23 +35,8 @@ def address(tmp_path):
     assert store.grant(job.uid, 1, ["cpu:0"]) and store.move(job.uid, "running", actor="test", attempt=1)
     store.update(job.uid, 1, result={"results": [entry]})
     store.move(job.uid, "succeeded", actor="test", attempt=1)
-    port, log = free_port(), tmp_path / "app.log"
-    url = f"http://127.0.0.1:{port}"
-    with open(log, "wb") as out:
-        command = [sys.executable, "app.py", "--port", str(port), "--home", str(tmp_path)]
-        app = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"{url}/login", timeout=5).close()
-                break
-            assert app.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+    with dashboard(home) as url:
         yield url
-    finally:
-        app.terminate()
-        app.wait(30)
 
 
 @pytest.fixture
@@ -84,28 +61,18 @@ def other_site():
 
 
 def test_login_pages_and_logout(address, other_site):
-    faults: list[str] = []
     elsewhere, asked = other_site
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-
+    with watched_page(address) as (page, faults):
         # A page leads to the login; a wrong password is told.
-        page = browser.new_page()
-        page.set_default_timeout(STEP_MS)
         page.goto(f"{address}/new")
         assert page.url == f"{address}/login?next=%2Fnew"
         page.get_by_label("Name").fill("ada")
         page.get_by_label("Password").fill("not the password")
         page.get_by_role("button", name="Log in").click()
         expect(page.get_by_role("alert")).to_contain_text("Name or password is wrong")
-        page.close()
 
         # A right one leads on.
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.set_default_timeout(STEP_MS)
-        page.on("request", lambda r: faults.append(f"request {r.url}") if foreign(r.url, address) else None)
-        page.on("console", lambda m: faults.append(f"console {m.text}") if m.type == "error" else None)
-        page.on("pageerror", lambda e: faults.append(f"error {e}"))
+        faults.clear()  # the browser tells of the refusal, too
         page.on("response", lambda r: faults.append(f"{r.status} {r.url}") if r.status >= 400 else None)
         page.goto(f"{address}/new")
         page.get_by_label("Name").fill("ada")
@@ -161,4 +128,3 @@ def test_login_pages_and_logout(address, other_site):
         page.wait_for_url(f"{address}/login")
         page.goto(f"{address}/")
         assert page.url == f"{address}/login?next=%2F"
-        browser.close()

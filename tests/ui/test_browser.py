@@ -5,38 +5,19 @@ With QUANTDECK_SCREENSHOTS=1 it also writes docs/screenshots, light and dark.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+
+from backend.paths import PROJECT, Home
+from tests.dashboard import IN_BROWSER, OWN_NOISE, STEP_MS, dashboard, watched_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 expect = playwright.expect
 
-ROOT = Path(__file__).parents[2]
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-# What Gradio itself writes when a page with an open stream is left.
-OWN_NOISE = re.compile(r"AbortError|Connection errored out")
-SHOTS = ROOT / "docs" / "screenshots" if os.environ.get("QUANTDECK_SCREENSHOTS") == "1" else None
-STEP_MS = 60_000
+SHOTS = PROJECT / "docs" / "screenshots" if os.environ.get("QUANTDECK_SCREENSHOTS") == "1" else None
 JOB_FILE = """\
 # my own note
 MODEL: "quantdeck/demo"
@@ -49,58 +30,21 @@ EVALUATION: {MAX_WINDOWS: 4, TASKS: ["quantdeck_demo:0:20"]}
 BENCHMARK: {PROMPT_TOKENS: 16, NEW_TOKENS: 8, WARMUP: 1, REPETITIONS: 3}
 """
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}: apt-get install chromium"),
-]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+pytestmark = IN_BROWSER
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> Iterator[str]:
     """A dashboard of its own on a free port, with an empty home."""
-    home, port = tmp_path_factory.mktemp("home"), free_port()
-    log = home / "app.log"
-    url = f"http://127.0.0.1:{port}"
-    with open(log, "wb") as out:
-        command = [sys.executable, "app.py", "--port", str(port), "--home", str(home)]
-        app = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"{url}/config", timeout=5).close()
-                break
-            assert app.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+    with dashboard(Home(tmp_path_factory.mktemp("home"))) as url:
         yield url
-    finally:
-        app.terminate()
-        app.wait(30)
 
 
 @pytest.fixture
 def watched(address):
     """A page, and what it complained of or asked of other hosts."""
-    faults: list[str] = []
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        page = browser.new_page(viewport={"width": 1440, "height": 900}, color_scheme="light")
-        page.set_default_timeout(STEP_MS)
-        page.on("request", lambda r: faults.append(f"request {r.url}") if foreign(r.url, address) else None)
-        page.on("console", lambda m: faults.append(f"console {m.text}") if m.type == "error" else None)
-        page.on("pageerror", lambda e: faults.append(f"error {e}"))
-        yield page, faults
-        browser.close()
-
-
-def foreign(url: str, address: str) -> bool:
-    return not url.startswith((address, "data:", "blob:"))
+    with watched_page(address, color_scheme="light") as found:
+        yield found
 
 
 def shoot(page, name: str) -> None:

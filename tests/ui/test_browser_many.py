@@ -6,14 +6,8 @@ runner writes, so the dashboard and the scheduler take it for a job at work.
 
 from __future__ import annotations
 
-import contextlib
 import re
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,17 +18,14 @@ from backend.jobs.store import Job, JobStore
 from backend.paths import Home
 from backend.process import hold_lock
 from backend.schema import parse_yaml
+from tests.dashboard import IN_BROWSER, OWN_NOISE, STEP_MS, dashboard, watched_page
 from tests.ui.many import fill
-from tests.ui.test_browser import CHROMIUM, FLAGS, OWN_NOISE, ROOT, STEP_MS, foreign, free_port
 from ui.draft import TEMPLATE
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 expect = playwright.expect
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}: apt-get install chromium"),
-]
+pytestmark = IN_BROWSER
 EVIL = "<script>window.harmed = 1</script><img src=x onerror='window.harmed = 2'>"
 
 
@@ -83,38 +74,15 @@ def runner(tmp_path_factory) -> Iterator[FakeRunner]:
 @pytest.fixture(scope="module")
 def address(runner) -> Iterator[str]:
     """A dashboard on the home with all those jobs."""
-    port = free_port()
-    log, url = runner.home.root.parent / "app.log", f"http://127.0.0.1:{port}"
-    with open(log, "wb") as out:
-        command = [sys.executable, "app.py", "--port", str(port), "--home", str(runner.home.root)]
-        app = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"{url}/config", timeout=5).close()
-                break
-            assert app.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+    with dashboard(runner.home) as url:
         yield url
-    finally:
-        app.terminate()
-        app.wait(30)
 
 
 @pytest.fixture
 def watched(address):
     """A page, and what it complained of or asked of other hosts."""
-    faults: list[str] = []
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.set_default_timeout(STEP_MS)
-        page.on("request", lambda r: faults.append(f"request {r.url}") if foreign(r.url, address) else None)
-        page.on("console", lambda m: faults.append(f"console {m.text}") if m.type == "error" else None)
-        page.on("pageerror", lambda e: faults.append(f"error {e}"))
-        yield page, faults
-        browser.close()
+    with watched_page(address) as found:
+        yield found
 
 
 def sees(page: Any, where: str, words: str) -> None:
