@@ -5,6 +5,7 @@
 | autoawq-gemm       | 4          | 32, 64, 128; out a multiple of 8 | one group size    |
 | autoawq-gemv       | 4          | 32, 64, 128; out a multiple of 8 | one group size    |
 | compressed-tensors | 2, 3, 4, 8 | 32, 64, 128, whole rows         | any mixture       |
+| aqlm               | codebooks  | any that divides the inputs     | one scheme        |
 """
 
 from __future__ import annotations
@@ -14,9 +15,15 @@ from collections.abc import Iterable
 
 from backend.errors import ConfigError
 from backend.formats.headers import TensorInfo
+from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.recipe import PER_CHANNEL, Scheme
 
-AUTOAWQ_GEMM, AUTOAWQ_GEMV, COMPRESSED_TENSORS = LAYOUTS = ("autoawq-gemm", "autoawq-gemv", "compressed-tensors")
+AUTOAWQ_GEMM, AUTOAWQ_GEMV, COMPRESSED_TENSORS, AQLM = LAYOUTS = (
+    "autoawq-gemm",
+    "autoawq-gemv",
+    "compressed-tensors",
+    "aqlm",
+)
 DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 """Types of the unquantized tensors that a job may ask for -> safetensors' names."""
 FLOATING = ("F64", "F32", "F16", "BF16")
@@ -64,7 +71,9 @@ def scale_dtype(layout: str, dtype: str | None, source: Iterable[TensorInfo]) ->
     return "BF16" if count and count.most_common(1)[0][0] == "BF16" else "F16"
 
 
-def refusal(layout: str, scheme: Scheme, shape: tuple[int, int], group_size: int | None = None) -> str | None:
+def refusal(
+    layout: str, scheme: Scheme | AdditiveScheme, shape: tuple[int, int], group_size: int | None = None
+) -> str | None:
     """Why a layout cannot hold a Linear quantized in this way; None if it can.
 
     Args:
@@ -73,6 +82,10 @@ def refusal(layout: str, scheme: Scheme, shape: tuple[int, int], group_size: int
         shape: Of its weight, (out, in).
         group_size: The group size that an AutoAWQ checkpoint already has.
     """
+    if isinstance(scheme, AdditiveScheme):
+        return scheme.misfit(*shape) if layout == AQLM else f"the {layout} layout holds no codebooks"
+    if layout == AQLM:
+        return f"the {layout} layout holds codebooks, not {scheme.label}"
     if layout == COMPRESSED_TENSORS:
         return None
     if scheme.bits != 4:
@@ -86,17 +99,26 @@ def refusal(layout: str, scheme: Scheme, shape: tuple[int, int], group_size: int
     return None
 
 
-def linear_tensors(layout: str, prefix: str, scheme: Scheme, shape: tuple[int, ...], scales: str) -> list[Stored]:
+def linear_tensors(
+    layout: str, prefix: str, scheme: Scheme | AdditiveScheme, shape: tuple[int, ...], scales: str
+) -> list[Stored]:
     """The tensors, in order, that stand for the weight of one quantized Linear.
 
     Args:
-        layout: One of `LAYOUTS`.
+        layout: One of `LAYOUTS`, one that holds the scheme.
         prefix: Name of the Linear.
         scheme: How it is quantized.
         shape: Of its weight, (out, in).
         scales: safetensors' name of the scales' type.
     """
     out, width = shape
+    if isinstance(scheme, AdditiveScheme):
+        K, G = scheme.num_codebooks, scheme.in_group_size  # noqa: N806
+        return [
+            (f"{prefix}.codes", f"I{scheme.code_bits}", (out, width // G, K)),
+            (f"{prefix}.codebooks", scales, (K, scheme.words, 1, G)),
+            (f"{prefix}.scales", scales, (out, 1, 1, 1)),
+        ]
     group_size = width if scheme.group_size == PER_CHANNEL else scheme.group_size
     groups = width // group_size
     if layout == COMPRESSED_TENSORS:

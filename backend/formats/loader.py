@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from backend.errors import CheckpointError, ModelError
+from backend.formats.additive_linear import additive_linear
+from backend.formats.additive_weight import AdditiveWeight
 from backend.formats.config import read_config_json
 from backend.formats.headers import read_headers
 from backend.formats.packed_int8 import PermutedLinear, packed_linear
@@ -172,18 +174,21 @@ def _place_packed(
     parts = (*packed.required, *(part for part in packed.optional if f"{prefix}.{part}" in reader.unread))
     stored = {part: reader.take(f"{prefix}.{part}").to(device) for part in parts}
     weight, order = packed.unpack(module, stored)
-    if weight.q.shape != state[name].shape:
-        raise CheckpointError(
-            f"{prefix} unpacks to {tuple(weight.q.shape)}; the model needs {tuple(state[name].shape)}."
-        )
+    if weight.shape != state[name].shape:
+        raise CheckpointError(f"{prefix} unpacks to {weight.shape}; the model needs {tuple(state[name].shape)}.")
     bias = None
     if f"{module}.bias" in state:
         if f"{prefix}.bias" not in reader.unread:
             raise CheckpointError(f"Tensor {prefix}.bias is in none of the checkpoint's files.")
         bias = reader.take(f"{prefix}.bias")
         if bias.shape != state[f"{module}.bias"].shape:
-            raise CheckpointError(f"{prefix}.bias has shape {tuple(bias.shape)}; the weight has {len(weight.q)} rows.")
-    linear = packed_linear(weight, bias, dtype=dtype, device=device)
+            raise CheckpointError(
+                f"{prefix}.bias has shape {tuple(bias.shape)}; the weight has {weight.shape[0]} rows."
+            )
+    if isinstance(weight, AdditiveWeight):
+        linear = additive_linear(weight, bias, dtype=dtype, device=device)
+    else:
+        linear = packed_linear(weight, bias, dtype=dtype, device=device)
     model.set_submodule(module, linear if order is None else PermutedLinear(linear, order))
 
 

@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from backend.errors import CheckpointError, ModelError
-from backend.formats import autoawq, compressed_tensors
+from backend.formats import aqlm, autoawq, compressed_tensors
+from backend.formats.additive_weight import AdditiveWeight
 from backend.formats.compressed_config import METHOD, WeightScheme, packed_schemes, scheme_of
 from backend.formats.config import read_config_json
 from backend.formats.weight import QuantizedWeight
+from backend.quantize.aqlm.scheme import AdditiveScheme
+
+METHODS = ("awq", METHOD, aqlm.METHOD)
 
 
 class StoredLinears(Protocol):
@@ -28,7 +32,9 @@ class StoredLinears(Protocol):
     def optional(self) -> tuple[str, ...]:
         """Parts that a Linear may have."""
 
-    def unpack(self, prefix: str, tensors: Mapping[str, Tensor]) -> tuple[QuantizedWeight, Tensor | None]:
+    def unpack(
+        self, prefix: str, tensors: Mapping[str, Tensor]
+    ) -> tuple[QuantizedWeight | AdditiveWeight, Tensor | None]:
         """The weight of a Linear, and the order of inputs (in,) that its columns have, if it is not the model's.
 
         Raises:
@@ -85,6 +91,26 @@ class PackQuantizedLinears:
         return replace(weight, q=weight.q[:, order]), order
 
 
+@dataclass(frozen=True)
+class AqlmLinears:
+    """AQLM: one scheme for all.
+
+    Attributes:
+        scheme: Of the codebooks.
+    """
+
+    scheme: AdditiveScheme
+    required: tuple[str, ...] = aqlm.PARTS
+    optional: tuple[str, ...] = ()
+
+    def unpack(self, prefix: str, tensors: Mapping[str, Tensor]) -> tuple[AdditiveWeight, Tensor | None]:
+        """See `StoredLinears`."""
+        try:
+            return aqlm.unpack(tensors, self.scheme), None
+        except CheckpointError as error:
+            raise CheckpointError(f"{prefix}: {error.message}") from None
+
+
 def quantization_of(folder: Path) -> Mapping[str, Any] | None:
     """The `quantization_config` of a folder, of a method that can be loaded; None for a 16-bit model.
 
@@ -95,10 +121,10 @@ def quantization_of(folder: Path) -> Mapping[str, Any] | None:
     if found is None:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else found
-    if not isinstance(found, dict) or method not in ("awq", METHOD):
+    if not isinstance(found, dict) or method not in METHODS:
         raise ModelError(
-            f"{folder} is quantized with {method!r}; 16-bit models, AutoAWQ and compressed-tensors checkpoints can be "
-            "loaded."
+            f"{folder} is quantized with {method!r}; 16-bit models, AutoAWQ, compressed-tensors and AQLM checkpoints "
+            "can be loaded."
         )
     return found
 
@@ -107,11 +133,13 @@ def stored_linears(folder: Path, config: Mapping[str, Any]) -> StoredLinears | N
     """The reader that a `quantization_config` asks for; None if it is one that we leave to other packages.
 
     Raises:
-        ModelError: If an AutoAWQ configuration is not one of the known layouts.
+        ModelError: If an AutoAWQ or AQLM configuration is not one of the known layouts.
     """
     if config.get("quant_method") == METHOD:
         schemes = packed_schemes(config)
         return None if schemes is None else PackQuantizedLinears(schemes)
+    if config.get("quant_method") == aqlm.METHOD:
+        return AqlmLinears(aqlm.scheme_of(config))
     version = str(config.get("version", "gemm")).upper()
     bits, group_size = config.get("bits"), config.get("group_size")
     if version not in autoawq.VERSIONS or bits != 4 or not isinstance(group_size, int) or group_size < 1:

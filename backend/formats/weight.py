@@ -27,6 +27,11 @@ class QuantizedWeight:
     symmetric: bool = False
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.q.shape[0], self.q.shape[1]
+
+    @property
     def group_size(self) -> int:
         """Inputs that share a scale."""
         return self.q.shape[1] // self.scale.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 
 from backend.errors import CheckpointError, ConfigError
 from backend.files import sync_path
-from backend.formats import autoawq, compressed_tensors
+from backend.formats import aqlm, autoawq, compressed_tensors
+from backend.formats.additive_weight import AdditiveWeight
 from backend.formats.compressed_config import LinearFormat, quantization_config
 from backend.formats.headers import INDEX_FILE, read_headers
-from backend.formats.layouts import AUTOAWQ_GEMM, COMPRESSED_TENSORS, check_layout, refusal, scale_dtype
+from backend.formats.layouts import AQLM, AUTOAWQ_GEMM, COMPRESSED_TENSORS, check_layout, refusal, scale_dtype
 from backend.formats.side_files import copy_side_files, model_config, write_json
 from backend.formats.size import MAX_SHARD_BYTES
 from backend.formats.skeleton import build_skeleton, match_tensors, read_config
 from backend.formats.spool import ShardSpool
 from backend.formats.weight import QuantizedWeight
+from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.recipe import GROUP_SIZES, PER_CHANNEL, Scheme
 
 DTYPE_NAMES = {
@@ -39,7 +42,7 @@ class CheckpointWriter:
     Args:
         out_dir: Folder to fill; made if needed.
         source_dir: The 16-bit model, from which tokenizer and configuration are taken.
-        layout: Of quantized Linears: `autoawq-gemm`, `autoawq-gemv` or `compressed-tensors`.
+        layout: Of quantized Linears: `autoawq-gemm`, `autoawq-gemv`, `compressed-tensors` or `aqlm`.
         dtype: Type of the other floating tensors, `float16` or `bfloat16`; None keeps the source's.
         group_size: The one group size of an AutoAWQ checkpoint; None: that of the first Linear accepted.
         max_shard_bytes: A shard is closed before its data would exceed this.
@@ -78,19 +81,20 @@ class CheckpointWriter:
         self._sources = {tensor.name: tensor.dtype for tensor in headers}
         self._spool = ShardSpool(self.out_dir, max_shard_bytes)
         self._linears: dict[str, LinearFormat] = {}
+        self._additive: dict[str, AdditiveScheme] = {}
 
     def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The type in which an unquantized tensor of type `dtype` will be stored."""
         return getattr(torch, self._dtype) if self._dtype and dtype.is_floating_point else dtype
 
-    def refusal(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    def refusal(self, scheme: Scheme | AdditiveScheme, shape: tuple[int, int]) -> str | None:
         """Why this layout cannot hold a Linear (out, in) quantized in this way; None if it can.
 
         AutoAWQ has one group size per checkpoint; where the constructor did not set it, the first scheme that is
         accepted does.
         """
         reason = refusal(self.layout, scheme, shape, self._group_size)
-        if reason is None and self._group_size is None:
+        if reason is None and self._group_size is None and isinstance(scheme, Scheme):
             self._group_size = scheme.group_size
         return reason
 
@@ -135,6 +139,25 @@ class CheckpointWriter:
         groups = weight.scale.shape[1]
         self._linears[prefix] = LinearFormat(weight.bits, weight.symmetric, weight.q.shape[1], groups)
 
+    def add_additive(self, prefix: str, weight: AdditiveWeight, bias: Tensor | None = None) -> None:
+        """Store one Linear of codebooks: its bias, if any, then codes, codebooks and scales.
+
+        Args:
+            prefix: Name of the Linear.
+            weight: Its codes; codebooks and scales are rounded to float16.
+            bias: (out,) or None.
+
+        Raises:
+            CheckpointError: If the layout is not `aqlm`, the scheme is not that of the Linears before, or codes,
+                codebooks or scales cannot be stored.
+        """
+        scheme = self._checked_scheme(prefix, weight)
+        if bias is not None:
+            self.add(f"{prefix}.bias", bias)
+        for kind, tensor in aqlm.pack(weight).items():
+            self._store(f"{prefix}.{kind}", tensor)
+        self._additive[prefix] = scheme
+
     def commit(self) -> dict[str, Any]:
         """Bring everything that was added to the disk.
 
@@ -144,6 +167,7 @@ class CheckpointWriter:
         return self._settings() | {
             "group_size": self._group_size,
             "linears": {n: [f.bits, f.symmetric, f.width, f.groups] for n, f in self._linears.items()},
+            "additive": {name: asdict(scheme) for name, scheme in self._additive.items()},
             "shards": self._spool.commit(),
         }
 
@@ -166,6 +190,7 @@ class CheckpointWriter:
         self._spool.restore(state["shards"])
         self._group_size = state["group_size"]
         self._linears = {name: LinearFormat(*values) for name, values in state["linears"].items()}
+        self._additive = {name: AdditiveScheme(**values) for name, values in state.get("additive", {}).items()}
 
     def finish(self, kept: Mapping[str, str]) -> Path:
         """Complete the shards, copy the tokenizer, write config.json.
@@ -177,7 +202,7 @@ class CheckpointWriter:
         Returns:
             The finished folder.
         """
-        quantization = self._quantization(kept) if self._linears else None
+        quantization = self._quantization(kept) if self._linears or self._additive else None
         weight_map = self._spool.finish()
         if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": self._spool.nbytes}, "weight_map": weight_map}
@@ -198,7 +223,9 @@ class CheckpointWriter:
     def _check(self, prefix: str, weight: QuantizedWeight) -> None:
         middle = 1 << (weight.bits - 1)
         reason = None
-        if self.layout != COMPRESSED_TENSORS:
+        if self.layout == AQLM:
+            reason = "the aqlm layout holds codebooks"
+        elif self.layout != COMPRESSED_TENSORS:
             group_size = weight.group_size if weight.group_size in GROUP_SIZES else PER_CHANNEL
             scheme = Scheme(bits=weight.bits, group_size=group_size, symmetric=weight.symmetric)
             reason = self.refusal(scheme, (weight.q.shape[0], weight.q.shape[1]))
@@ -213,6 +240,26 @@ class CheckpointWriter:
         if reason:
             raise CheckpointError(f"{prefix} cannot be stored: {reason}.")
 
+    def _checked_scheme(self, prefix: str, weight: AdditiveWeight) -> AdditiveScheme:
+        K, words, G = weight.codebooks.shape  # noqa: N806
+        scheme = AdditiveScheme(K, weight.nbits_per_codebook, G)
+        first = next(iter(self._additive.values()), scheme)
+        out, groups, count = weight.codes.shape
+        stored = weight.stored()
+        reason = self.refusal(scheme, (out, groups * G))
+        if scheme != first:
+            reason = f"it is {scheme.label}, and an AQLM checkpoint has one scheme, here {first.label}"
+        elif words != scheme.words or count != K or weight.scales.shape != (out,):
+            shapes = tuple(tuple(t.shape) for t in (weight.codes, weight.codebooks, weight.scales))
+            reason = f"its codes, codebooks and scales have shapes {shapes}, which do not belong together"
+        elif int(weight.codes.min()) < 0 or int(weight.codes.max()) >= words:
+            reason = f"it has codes beyond {scheme.nbits_per_codebook} bits"
+        elif not bool(stored.codebooks.isfinite().all() and stored.scales.isfinite().all()):
+            reason = "its codebooks or scales are not all finite in float16"
+        if reason:
+            raise CheckpointError(f"{prefix} cannot be stored: {reason}.")
+        return scheme
+
     def _quantization(self, kept: Mapping[str, str]) -> dict[str, Any]:
         """The `quantization_config`, with names as the module tree has them."""
         model = build_skeleton(read_config(self.source_dir), torch.bfloat16)
@@ -221,11 +268,15 @@ class CheckpointWriter:
         stored = {name: places.get(f"{name}.weight", "").removesuffix(".weight") for name in modules}
         named = {prefix: name for name, prefix in stored.items()}
         linears = {named.get(prefix, prefix): linear for prefix, linear in self._linears.items()}
+        additive = {named.get(prefix, prefix): scheme for prefix, scheme in self._additive.items()}
+        quantized = linears.keys() | additive.keys()
         listed = {named.get(name, name): reason for name, reason in kept.items()}
-        wrong = sorted(linears.keys() & listed.keys())
+        wrong = sorted(quantized & listed.keys())
         if wrong:
             raise CheckpointError(f"{wrong[0]} was stored quantized, but is listed as kept: {listed[wrong[0]]}.")
-        ignore = [name for name in dict.fromkeys([*modules, *listed]) if name not in linears]
+        ignore = [name for name in dict.fromkeys([*modules, *listed]) if name not in quantized]
+        if additive:
+            return aqlm.quantization_config(next(iter(additive.values())), ignore, additive)
         if self.layout == COMPRESSED_TENSORS:
             return quantization_config(linears, ignore)
         assert self._group_size is not None
