@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from backend.formats.headers import DTYPE_BYTES, TensorInfo, header_length, weight_files
 from backend.formats.layouts import (
+    AQLM,
     AUTOAWQ_GEMM,
     Stored,
     check_layout,
@@ -18,6 +19,7 @@ from backend.formats.layouts import (
     scale_dtype,
     stored_dtype,
 )
+from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.recipe import Recipe, Scheme
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -60,18 +62,44 @@ def predicted_size(
         ConfigError: If layout or dtype is unknown.
     """
     check_layout(layout, dtype)
-    total = shard = 0
-    names: list[Stored] = []
     headers = list(headers)
-    scales = scale_dtype(layout, dtype, headers)
-    for stored in _artefact_tensors(drop_tied_head(headers, config), recipe, layout, dtype, scales):
-        nbytes = DTYPE_BYTES[stored[1]] * prod(stored[2])
-        if shard and shard + nbytes > max_shard_bytes:
-            total += HEADER_FIELD_BYTES + header_length(names) + shard
-            names, shard = [], 0
-        names.append(stored)
-        shard += nbytes
-    return total + HEADER_FIELD_BYTES + header_length(names) + shard
+
+    def scheme_of(tensor: TensorInfo) -> Scheme | None:
+        return _scheme(tensor, recipe, layout)
+
+    return _total(drop_tied_head(headers, config), scheme_of, layout, dtype, max_shard_bytes, headers)
+
+
+def predicted_additive_size(
+    headers: Iterable[TensorInfo],
+    config: Mapping[str, Any],
+    scheme: AdditiveScheme,
+    *,
+    keep: tuple[str, ...] = ("lm_head",),
+    dtype: str | None = "float16",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """As `predicted_size`, for the `aqlm` layout.
+
+    Args:
+        headers: `read_headers` of the 16-bit model.
+        config: Its config.json.
+        scheme: Of all Linears of the decoder layers that it fits.
+        keep: Linears whose name contains one of these stay in 16 bits.
+        dtype: Type of the tensors that stay unquantized; None keeps theirs.
+        max_shard_bytes: As for the writer.
+
+    Raises:
+        ConfigError: If the dtype is unknown.
+    """
+    check_layout(AQLM, dtype)
+    headers = list(headers)
+
+    def scheme_of(tensor: TensorInfo) -> AdditiveScheme | None:
+        fits = is_quantized_linear(tensor.name, tensor.shape, keep) and not scheme.misfit(*tensor.shape)
+        return scheme if fits else None
+
+    return _total(drop_tied_head(headers, config), scheme_of, AQLM, dtype, max_shard_bytes, headers)
 
 
 def drop_tied_head(headers: Iterable[TensorInfo], config: Mapping[str, Any]) -> list[TensorInfo]:
@@ -96,11 +124,37 @@ def is_quantized_linear(name: str, shape: tuple[int, ...], keep: tuple[str, ...]
     return is_layer_linear(name, shape) and not any(part in name for part in keep)
 
 
+def _total(
+    tensors: list[TensorInfo],
+    scheme_of: Callable[[TensorInfo], Scheme | AdditiveScheme | None],
+    layout: str,
+    dtype: str | None,
+    max_shard_bytes: int,
+    source: list[TensorInfo],
+) -> int:
+    """Bytes of the shards that the writer fills with these tensors, in the order of `artefact_order`."""
+    scales = scale_dtype(layout, dtype, source)
+    total = shard = 0
+    names: list[Stored] = []
+    for stored in _artefact_tensors(tensors, scheme_of, layout, dtype, scales):
+        nbytes = DTYPE_BYTES[stored[1]] * prod(stored[2])
+        if shard and shard + nbytes > max_shard_bytes:
+            total += HEADER_FIELD_BYTES + header_length(names) + shard
+            names, shard = [], 0
+        names.append(stored)
+        shard += nbytes
+    return total + HEADER_FIELD_BYTES + header_length(names) + shard
+
+
 def _artefact_tensors(
-    headers: list[TensorInfo], recipe: Recipe, layout: str, dtype: str | None, scales: str
+    headers: list[TensorInfo],
+    scheme_of: Callable[[TensorInfo], Scheme | AdditiveScheme | None],
+    layout: str,
+    dtype: str | None,
+    scales: str,
 ) -> Iterator[Stored]:
     for tensor in sorted(headers, key=lambda t: artefact_order(t.name)):
-        scheme = _scheme(tensor, recipe, layout)
+        scheme = scheme_of(tensor)
         if scheme is None:
             yield tensor.name, stored_dtype(tensor.dtype, dtype), tensor.shape
         else:
