@@ -21,7 +21,7 @@ class Engine:
     Attributes:
         name: Name for people, the command line and the YAML's ENGINE.
         algorithms: The YAML's ALGORITHMs that it can run.
-        module: Program of its quantize stages, started with `python -m`.
+        module: Program of its quantize stages, started with `python -m`; the first one, if there are several.
         requires: Python packages that must be installed beside Quantdeck; empty for an engine with its own.
         environment: Name of its own environment, or None if it runs in Quantdeck's.
         about: One sentence.
@@ -63,6 +63,14 @@ ENGINES = (
         requires=("torch", "transformers", "safetensors"),
         environment=None,
         about="Quantdeck's own streamed RTN, AWQ and GPTQ: one decoder layer in memory, search on Gram matrices.",
+    ),
+    Engine(
+        name=NATIVE,
+        algorithms=("AQLM",),
+        module="backend.engines.aqlm_calibrate",
+        requires=("torch", "transformers", "safetensors", "accelerate", "aqlm", "numba"),
+        environment=None,
+        about="Quantdeck's own streamed AQLM and PV-tuning; results are read back by the aqlm package.",
     ),
     Engine(
         name="llmcompressor",

@@ -1,6 +1,7 @@
 """The job file's schema: the one source of forms, YAML, validation and docs."""
 
 from backend.errors import ConfigError, ConfigErrors
+from backend.schema.aqlm import AQLMSettings
 from backend.schema.autoawq import AutoAWQSettings
 from backend.schema.document import (
     ALGORITHMS,
@@ -10,7 +11,7 @@ from backend.schema.document import (
     parse_yaml,
     read_yaml,
 )
-from backend.schema.fields import FieldSpec, describe
+from backend.schema.fields import FieldSpec, Group, describe, sections
 from backend.schema.job import DEMO, AlgorithmSettings, JobConfig
 from backend.schema.llmcompressor import LLMCompressorSettings
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings, TaskSettings
@@ -20,6 +21,7 @@ __all__ = [
     "ALGORITHMS",
     "DEMO",
     "SECTIONS",
+    "AQLMSettings",
     "AlgorithmSettings",
     "AutoAWQSettings",
     "BenchmarkSettings",
@@ -29,6 +31,7 @@ __all__ = [
     "Document",
     "EvaluationSettings",
     "FieldSpec",
+    "Group",
     "JobConfig",
     "LLMCompressorSettings",
     "NativeSettings",
@@ -38,4 +41,5 @@ __all__ = [
     "new_document",
     "parse_yaml",
     "read_yaml",
+    "sections",
 ]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StrictBool, model_validator
+from pydantic import ConfigDict, StrictBool, model_validator
 
 from backend.schema.fields import OneOrMore, drop_empty, each, setting
+from backend.schema.section import AlgorithmSection
 
 BITS_OF_FORMAT = 4  # of the AutoAWQ checkpoint layouts
 
 
-class AutoAWQSettings(BaseModel):
+class AutoAWQSettings(AlgorithmSection):
     """AWQ: scale salient input channels, clip group ranges, round to a few bits.
 
     Source: Lin et al. 2023, "AWQ: Activation-aware Weight Quantization" (arXiv 2306.00978).

@@ -14,6 +14,8 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -28,6 +30,7 @@ from ruamel.yaml.tokens import CommentToken
 
 from backend.errors import ConfigError, ConfigErrors
 from backend.schema.errors import config_errors
+from backend.schema.fields import sections
 from backend.schema.job import ALGORITHMS, JobConfig
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings
 
@@ -46,6 +49,8 @@ _NOT_FOR_JOBS = re.compile(
 """Keys that would change the environment of the programs that a job runs, or where they download from."""
 _CODE_SWITCHES = re.compile(r"(TRUST|ALLOW)_REMOTE_CODE|CONFIRM_RUN_UNSAFE_CODE|ALLOW_PICKLE", re.IGNORECASE)
 """Keys that would let files from elsewhere run code, if they are switched on."""
+_WITHOUT_EFFECT = re.compile(r"llm\.AQLM\.(calibration|conversion|finetune)_config\.trust_remote_code")
+"""Such keys that the AQLM guide's file has; they are taken and change nothing."""
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "CALIBRATION": CalibrationSettings,
@@ -54,17 +59,36 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-class _GuideStyle(RoundTripRepresenter):
-    """Writes booleans and empty values the way the guides do: `True` and nothing at all."""
+@dataclass(frozen=True)
+class _Style:
+    """How a file spells booleans and empty values: `True` and nothing in the AWQ guide, `true` and `null` elsewhere."""
+
+    lower: bool = False
+    null: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> _Style:
+        """The spelling that a file has."""
+        lower, upper = (len(re.findall(rf": +({words})\b", text)) for words in ("true|false", "True|False"))
+        return cls(lower > upper, re.search(r": +null\b", text) is not None)
 
 
-_GuideStyle.add_representer(bool, lambda rep, v: rep.represent_scalar("tag:yaml.org,2002:bool", str(v)))
-_GuideStyle.add_representer(type(None), lambda rep, _: rep.represent_scalar("tag:yaml.org,2002:null", ""))
+@cache
+def _representer(style: _Style) -> type[RoundTripRepresenter]:
+    class Representer(RoundTripRepresenter):
+        """Writes booleans and empty values the way a file does."""
+
+    true, false = ("true", "false") if style.lower else ("True", "False")
+    words = {True: true, False: false}
+    Representer.add_representer(bool, lambda rep, v: rep.represent_scalar("tag:yaml.org,2002:bool", words[v]))
+    null = "null" if style.null else ""
+    Representer.add_representer(type(None), lambda rep, _: rep.represent_scalar("tag:yaml.org,2002:null", null))
+    return Representer
 
 
-def _yaml() -> YAML:
+def _yaml(style: _Style | None = None) -> YAML:
     yaml = YAML(typ="rt", pure=True)
-    yaml.Representer = _GuideStyle
+    yaml.Representer = _representer(style or _Style())
     yaml.preserve_quotes = True
     yaml.width = 4096  # long FORMAT_STRINGs stay on their line
     return yaml
@@ -121,6 +145,8 @@ def _refused_keys(values: Any, path: str = "") -> Iterator[ConfigError]:
         if _NOT_FOR_JOBS.fullmatch(key):
             text = "a job file cannot set environment variables or addresses; the operator sets them where it starts"
             yield ConfigError(f"{text} Quantdeck", key=place, value=value)
+        elif _WITHOUT_EFFECT.fullmatch(place):
+            continue
         elif _CODE_SWITCHES.fullmatch(key) and place != "TRUST_REMOTE_CODE" and value not in (False, None, "", 0):
             text = "runs code that comes with a model only with TRUST_REMOTE_CODE: true at the top of the file"
             if "pickle" in key.lower():
@@ -132,20 +158,25 @@ def _refused_keys(values: Any, path: str = "") -> Iterator[ConfigError]:
 
 def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
     """Warnings for keys that are kept but have no effect, with the key that was probably meant."""
-    places: list[tuple[str, Any, list[str]]] = [("", values, list(JobConfig.model_fields))]
-    places += [(f"{name}.", values.get(name), list(model.model_fields)) for name, model in SECTIONS.items()]
-    algorithms = values.get("llm")
-    for name, model in ALGORITHMS.items():
-        section = algorithms.get(name) if isinstance(algorithms, dict) else None
-        places.append((f"llm.{name}.", section, list(model.model_fields)))
-    for prefix, found, known in places:
-        for key in found if isinstance(found, dict) else ():
+    models: list[tuple[tuple[str, ...], type[BaseModel]]] = [((), JobConfig)]
+    for path, model in (*(((n,), m) for n, m in SECTIONS.items()), *((("llm", n), m) for n, m in ALGORITHMS.items())):
+        models += sections(model, path)
+    for path, model in models:
+        known = list(model.model_fields)
+        for key in _at(values, path):
             if key in known:
                 continue
             by_lower = {k.lower(): k for k in known}
             near = difflib.get_close_matches(key.lower(), by_lower, n=1, cutoff=0.8)
             hint = f"; did you mean {by_lower[near[0]]}?" if near else ""
-            yield f"{prefix}{key}: unknown key, kept in the file without effect{hint}"
+            yield f"{'.'.join((*path, key))}: unknown key, kept in the file without effect{hint}"
+
+
+def _at(values: Any, path: tuple[str, ...]) -> Mapping[str, Any]:
+    """The section at a path; empty if there is none."""
+    for key in path:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
 
 
 class Document:
@@ -160,6 +191,7 @@ class Document:
     def __init__(self, tree: CommentedMap, text: str | None) -> None:
         self._tree = tree
         self._text = text  # None once something was changed
+        self._style = _Style.of(text or "")
         self._config: JobConfig | None = None
 
     @property
@@ -185,10 +217,20 @@ class Document:
 
     @property
     def warnings(self) -> list[str]:
-        """What is odd but no error: unknown keys, several GPUs where one is used."""
-        rows = list(_unknown_keys(self.values))
-        if "," in str(self.values.get("CUDA_ID", "")):
-            rows.append("CUDA_ID: several GPUs are listed; a job uses the first")
+        """What is odd but no error: unknown keys, several GPUs where one is used, switches without effect."""
+        values = self.values
+        rows = list(_unknown_keys(values))
+        aqlm = _at(values, ("llm", "AQLM")) if values.get("ALGORITHM") == "AQLM" else {}
+        if "," in str(values.get("CUDA_ID", "")):
+            used = "tuning uses them all, everything else the first" if aqlm else "a job uses the first"
+            rows.append(f"CUDA_ID: several GPUs are listed; {used}")
+        trusting = [name for name in aqlm if _at(aqlm, (name,)).get("trust_remote_code") is True]
+        if trusting and values.get("TRUST_REMOTE_CODE") is not True:
+            places = ", ".join(f"llm.AQLM.{name}.trust_remote_code" for name in trusting)
+            rows.append(
+                f"{places}: has no effect; code that comes with a model runs only with TRUST_REMOTE_CODE: true at the "
+                "top of the file, and if the operator allows it"
+            )
         return rows
 
     def set(self, path: tuple[str, ...], value: Any) -> None:
@@ -227,7 +269,7 @@ class Document:
         """The file's text; exactly the text that was read if nothing was changed."""
         if self._text is None:
             stream = io.StringIO()
-            _yaml().dump(self._tree, stream)
+            _yaml(self._style).dump(self._tree, stream)
             self._text = stream.getvalue()
         return self._text
 

@@ -24,6 +24,21 @@ _WANTED = {
 }
 
 
+class ProblemAt(ValueError):  # noqa: N818 - a message with its place; pydantic wants a ValueError
+    """A rule across keys is broken; raised by the schema's validators.
+
+    Args:
+        key: The key that has to change, dotted, as it stands in the section that is validated.
+        message: What was found, what is allowed, what to do.
+        value: What was found.
+    """
+
+    def __init__(self, key: str, message: str, value: object = None) -> None:
+        super().__init__(message)
+        self.key = key
+        self.value = value
+
+
 def _sentence(error: Any) -> str:
     """One sentence for one pydantic error."""
     kind, context, found = error["type"], error.get("ctx", {}), error.get("input")
@@ -47,12 +62,17 @@ def _sentence(error: Any) -> str:
 def config_errors(error: ValidationError) -> ConfigErrors:
     """All problems of a file at once, each with the dotted key it belongs to.
 
-    Rules across keys carry their key, as it stands in their section, at the front of their text (`DATA_PATH: ...`).
+    Rules across keys carry their key, as it stands in their section: as `ProblemAt`, or at the front of their text
+    (`DATA_PATH: ...`).
     """
     rows = []
     for item in error.errors():
         place = [str(part) for part in item["loc"]]
-        named = _NAMED.fullmatch(str(item["ctx"]["error"])) if item["type"] == "value_error" else None
+        rule = item["ctx"]["error"] if item["type"] == "value_error" else None
+        if isinstance(rule, ProblemAt):
+            rows.append(ConfigError(str(rule), key=".".join([*place, rule.key]), value=rule.value))
+            continue
+        named = _NAMED.fullmatch(str(rule)) if rule is not None else None
         message = named.group(2) if named else _sentence(item)
         key = ".".join([*place, named.group(1)] if named else place)
         rows.append(ConfigError(message, key=key, value=item.get("input")))

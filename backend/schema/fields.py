@@ -2,14 +2,15 @@
 
 `setting()` is pydantic's `Field` with the extra facts that a form needs (label, unit, section, advanced).
 `OneOrMore` is the type of a setting that takes one value or a list of several, one configuration for each.
-`describe()` turns a model class into plain `FieldSpec` rows, so no page has to know pydantic.
+`describe()` turns a model class into plain `FieldSpec` rows, so no page has to know pydantic; `sections()` finds the
+sections inside a section. `Group` is how an algorithm with many settings lays them out.
 """
 
 from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -92,6 +93,7 @@ class FieldSpec:
         required: True if there is no default.
         several: True if a list of several choices is taken too.
         optional: True if it may be left empty, which is not the same as any of the choices.
+        empty: A few words on what an empty value means, where it may be left empty.
     """
 
     key: str
@@ -109,6 +111,24 @@ class FieldSpec:
     required: bool
     several: bool
     optional: bool
+    empty: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some settings of an algorithm that a form shows together.
+
+    Attributes:
+        section: The settings' section.
+        heading: For people; empty: they stand at the top, without one.
+        lead: One or two sentences below the heading.
+        ignored: True for the settings that nothing reads.
+    """
+
+    section: str
+    heading: str = ""
+    lead: str = ""
+    ignored: bool = False
 
 
 def setting(
@@ -124,12 +144,13 @@ def setting(
     advanced: bool = False,
     ignored: bool = False,
     as_yaml: bool = False,
+    empty: str = "all",
     default_factory: Any = None,
 ) -> Any:
     """Declare one setting.
 
     Bounds are checked by pydantic; `choices` document what the annotation (a `Literal`) enforces. `as_yaml` marks
-    a structure that a form shows as the line of YAML it is.
+    a structure that a form shows as the line of YAML it is. `empty` is what a number that may be left empty means then.
     """
     extra: dict[str, Any] = {
         "label": label,
@@ -139,6 +160,7 @@ def setting(
         "advanced": advanced,
         "ignored": ignored,
         "as_yaml": as_yaml,
+        "empty": empty,
     }
     bounds: dict[str, Any] = {"ge": ge, "le": le}
     if default_factory is not None:
@@ -170,16 +192,27 @@ def _bound(field: FieldInfo, name: str) -> float | None:
     return next((getattr(m, name) for m in field.metadata if hasattr(m, name)), None)
 
 
-def describe(model: type[BaseModel]) -> list[FieldSpec]:
-    """The settings of a schema model in the order of its declaration.
+def sections(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+    """A schema model and all sections inside it, each with its path, in the order of the file."""
+    yield path, model
+    for key, field in model.model_fields.items():
+        if (inner := _section(field)) is not None:
+            yield from sections(inner, (*path, key))
 
-    Nested models are not descended into: describe them by their own class.
-    """
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section of its own."""
+    bare = _bare(field.annotation)
+    return bare if isinstance(bare, type) and issubclass(bare, BaseModel) else None
+
+
+def describe(model: type[BaseModel]) -> list[FieldSpec]:
+    """The settings of a schema model in the order of its declaration, without those of sections inside it."""
     rows = []
     for key, field in model.model_fields.items():
-        bare = _bare(field.annotation)
-        if isinstance(bare, type) and issubclass(bare, BaseModel):
+        if _section(field) is not None:
             continue
+        bare = _bare(field.annotation)
         extra = typing.cast("dict[str, Any]", field.json_schema_extra)
         choices = tuple(extra["choices"])
         if not choices and typing.get_origin(bare) is Literal:
@@ -202,6 +235,7 @@ def describe(model: type[BaseModel]) -> list[FieldSpec]:
                 required=field.is_required(),
                 several=any(isinstance(mark, _Several) for mark in field.metadata),
                 optional=type(None) in typing.get_args(field.annotation),
+                empty=extra["empty"],
             )
         )
     return rows

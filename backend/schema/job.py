@@ -8,26 +8,28 @@ in the file and marked `ignored`. `CALIBRATION`, `EVALUATION`, `BENCHMARK`, `TRU
 from __future__ import annotations
 
 import re
-import string
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 
+from backend.schema.aqlm import AQLMSettings
 from backend.schema.autoawq import AutoAWQSettings
 from backend.schema.fields import drop_empty, setting
 from backend.schema.llmcompressor import LLMCompressorSettings
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings
 from backend.schema.native import NativeSettings
+from backend.schema.texts import check_columns, check_format, column_names
 
 DEMO = "quantdeck/demo"
 JOB_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
-AlgorithmSettings = AutoAWQSettings | NativeSettings | LLMCompressorSettings
+AlgorithmSettings = AutoAWQSettings | NativeSettings | LLMCompressorSettings | AQLMSettings
 ALGORITHMS: dict[str, type[AlgorithmSettings]] = {
     "AutoAWQ": AutoAWQSettings,
     "Native": NativeSettings,
     "LLMCompressor": LLMCompressorSettings,
+    "AQLM": AQLMSettings,
 }
 
 
@@ -39,6 +41,7 @@ class AlgorithmSections(BaseModel):
     AutoAWQ: AutoAWQSettings | None = None
     Native: NativeSettings | None = None
     LLMCompressor: LLMCompressorSettings | None = None
+    AQLM: AQLMSettings | None = None
 
 
 class JobConfig(BaseModel):
@@ -88,10 +91,11 @@ class JobConfig(BaseModel):
         "0", label="GPU", section="Job",
         help="Number of the GPU to use, or several with commas. Without a GPU the job runs on the CPU and says so.",
     )  # fmt: skip
-    ALGORITHM: Literal["AutoAWQ", "Native", "LLMCompressor"] = setting(
+    ALGORITHM: Literal["AutoAWQ", "Native", "LLMCompressor", "AQLM"] = setting(
         label="Algorithm", section="Algorithm",
         help="AutoAWQ is the guide's 4-bit AWQ. Native is Quantdeck's own core: RTN, AWQ, GPTQ or AWQ+GPTQ at 2 to 8 "
-        "bits. LLMCompressor runs the recipes of the llm-compressor package.",
+        "bits. LLMCompressor runs the recipes of the llm-compressor package. AQLM is the guide's 2-bit quantization "
+        "by codebooks, with tuning afterwards.",
     )  # fmt: skip
     JOB_SERVICE: Literal["Kompress"] = setting(
         "Kompress", label="Service", section="Job", advanced=True,
@@ -176,28 +180,28 @@ class JobConfig(BaseModel):
     @field_validator("TEXT_COLUMN")
     @classmethod
     def _columns(cls, value: str) -> str:
-        if not all(part.strip() for part in value.split(",")):
-            raise ValueError("write one column name, or several separated by commas")
-        return value
+        return check_columns(value)
 
     @model_validator(mode="after")
     def _across_fields(self) -> JobConfig:
         if not self.DATASET_NAME and not self.DATA_PATH:
             raise ValueError(f"DATASET_NAME: give a dataset, '{DEMO}' for the built-in text, or DATA_PATH")
-        if len(self.text_columns) > 1 and not self.FORMAT_STRING:
-            raise ValueError(
-                "FORMAT_STRING: several text columns need a format string, "
-                f'e.g. "{" ".join("{" + c + "}" for c in self.text_columns)}"'
-            )
-        for name in format_fields(self.FORMAT_STRING or ""):
-            if name not in self.text_columns:
-                raise ValueError(f"FORMAT_STRING: {{{name}}} is not among TEXT_COLUMN ({', '.join(self.text_columns)})")
+        check_format(self.FORMAT_STRING, self.text_columns)
+        self.algorithm_settings.check_job(self.calibration, n_gpus=len(self.CUDA_ID.split(",")))
         return self
 
     @property
     def text_columns(self) -> list[str]:
         """Names of the text columns, trimmed."""
-        return [part.strip() for part in self.TEXT_COLUMN.split(",")]
+        return column_names(self.TEXT_COLUMN)
+
+    @property
+    def calibration(self) -> CalibrationSettings:
+        """How much calibration text is read: CALIBRATION, and what the algorithm's section says instead of it."""
+        own = self.algorithm_settings.calibration_size
+        return self.CALIBRATION.model_copy(
+            update={key: value for key, value in own.items() if key not in self.CALIBRATION.model_fields_set}
+        )
 
     @property
     def algorithm_settings(self) -> AlgorithmSettings:
@@ -218,21 +222,3 @@ def _chosen_section_only(values: Any) -> Any:
     if not isinstance(sections, dict) or not isinstance(chosen, str) or chosen not in ALGORITHMS:
         return values
     return {**values, "llm": {name: section for name, section in sections.items() if name == chosen}}
-
-
-def format_fields(template: str) -> list[str]:
-    """Names of the `{placeholders}` of a format string.
-
-    Attribute and index access (`{a.b}`, `{a[0]}`) and unnamed fields are refused: text columns are plain values.
-
-    Raises:
-        ValueError: If the template is not a plain format string.
-    """
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ValueError(f"FORMAT_STRING: {error}; write literal braces as {{{{ and }}}}") from None
-    for name in names:
-        if not re.fullmatch(r"\w[\w \-]*", name):
-            raise ValueError(f"FORMAT_STRING: placeholder {{{name}}} is not a plain column name")
-    return names

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, StrictBool, StrictInt, ValidationInfo, field_validator, model_validator
 
 from backend.schema.fields import setting
 from backend.schema.llm_tables import (
@@ -23,9 +23,10 @@ from backend.schema.llm_tables import (
     RecipeFacts,
     WeightScheme,
 )
+from backend.schema.section import AlgorithmSection
 
 
-class LLMCompressorSettings(BaseModel):
+class LLMCompressorSettings(AlgorithmSection):
     """One recipe of llm-compressor.
 
     Sources: GPTQ (arXiv 2210.17323), AWQ (2306.00978), SmoothQuant (2211.10438), SparseGPT (2301.00774),

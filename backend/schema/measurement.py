@@ -39,13 +39,14 @@ class CalibrationSettings(BaseModel):
         le=131072,
         help="Tokens per calibration sequence: rows of text are joined and cut to this length, or each is cut there.",
     )
-    PACKING: Literal["join", "sample"] = setting(
+    PACKING: Literal["join", "sample", "full"] = setting(
         "join",
         label="Rows",
         section="Calibration",
         advanced=True,
         help="join: rows follow one another and are cut into sequences of equal length. sample: every row is one "
-        "sequence of its own, at most SEQUENCE_LENGTH long, as in llm-compressor's guides.",
+        "sequence of its own, at most SEQUENCE_LENGTH long, as in llm-compressor's guides. full: the same, but rows "
+        "that are shorter are left out, and too few rows of full length are an error, as in AQLM's original.",
     )
     CHAT_TEMPLATE: Literal["auto", "on", "off"] = setting(
         "auto",

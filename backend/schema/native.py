@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, field_valid
 
 from backend.quantize.recipe import PER_CHANNEL
 from backend.schema.fields import OneOrMore, drop_empty, each, setting
+from backend.schema.section import AlgorithmSection
 
 MAX_CONFIGURATIONS = 16
 AUTOAWQ_BITS = 4
@@ -76,7 +77,7 @@ class OverrideSettings(BaseModel):
         return {key: value for key, value in found.items() if value is not None}
 
 
-class NativeSettings(BaseModel):
+class NativeSettings(AlgorithmSection):
     """RTN, AWQ, GPTQ or both together, at 2 to 8 bits.
 
     Sources: Lin et al. 2023 (AWQ, arXiv 2306.00978); Frantar et al. 2022 (GPTQ, arXiv 2210.17323).

@@ -1,7 +1,8 @@
 """Calibration text as token sequences.
 
 Rows are read in order (or shuffled by the seed) and empty rows are skipped. `join` lets the rest follow one another
-and cuts sequences of equal length; `sample` makes every row a sequence of its own, at most that long. AutoAWQ itself
+and cuts sequences of equal length; `sample` makes every row a sequence of its own, at most that long; `full` does the
+same with rows of at least that length alone, each read once, and refuses a text that has too few. AutoAWQ itself
 drops rows longer than 512 tokens and counts empty ones as samples, so that wikitext yields far fewer tokens than
 asked for; here 128 x 512 joined means 65 536 tokens.
 """
@@ -29,7 +30,7 @@ def token_sequences(
     length: int,
     shuffle: bool,
     seed: int,
-    packing: Literal["join", "sample"] = "join",
+    packing: Literal["join", "sample", "full"] = "join",
 ) -> list[list[int]]:
     """Cut text into calibration sequences.
 
@@ -40,13 +41,13 @@ def token_sequences(
         length: Tokens per sequence; for `sample` the most a sequence may have.
         shuffle: Draw the rows in random order.
         seed: Fixes that order.
-        packing: `join` or `sample`.
+        packing: `join`, `sample` or `full`.
 
     Returns:
         At least one sequence of exactly (`sample`: at most) `length` token ids.
 
     Raises:
-        DataError: If there is no text, or less than one sequence.
+        DataError: If there is no text, or less than one sequence; `full`: if fewer than `samples` rows are so long.
     """
     ids: list[int] = []
     sequences: list[list[int]] = []
@@ -58,7 +59,7 @@ def token_sequences(
         for tokens in encode(batch) if batch else ():
             if packing == "join":
                 ids.extend(tokens)
-            elif tokens:
+            elif tokens and (packing == "sample" or len(tokens) >= length):
                 sequences.append(tokens[:length])
         batch.clear()
         return (len(ids) >= samples * length) if packing == "join" else (len(sequences) >= samples)
@@ -72,11 +73,17 @@ def token_sequences(
         if len(batch) == BATCH and flush():
             break
     flush()
+    if packing == "full" and used and len(sequences) < samples:
+        raise DataError(
+            f"{len(sequences)} of {used} rows of the calibration text have {length} tokens or more, and {samples} "
+            "sequences are wanted. Set CALIBRATION.PACKING to join, which lets short rows follow one another, or a "
+            "smaller CALIBRATION.SEQUENCE_LENGTH or SAMPLES"
+        )
     if not used or (packing == "sample" and not sequences):
         raise DataError(
             f"the calibration text has {found} rows and all are empty; choose another TEXT_COLUMN or dataset"
         )
-    if packing == "sample":
+    if packing != "join":
         return sequences[:samples]
     if len(ids) < length:
         raise DataError(

@@ -2,19 +2,13 @@
 
 import pytest
 
-from backend.schema import (
-    AutoAWQSettings,
-    BenchmarkSettings,
-    CalibrationSettings,
-    EvaluationSettings,
-    JobConfig,
-    LLMCompressorSettings,
-    NativeSettings,
-    describe,
-)
+from backend.schema import ALGORITHMS, SECTIONS, JobConfig, NativeSettings, describe, sections
 
-ALGORITHMS = (AutoAWQSettings, NativeSettings, LLMCompressorSettings)
-MODELS = (JobConfig, *ALGORITHMS, CalibrationSettings, EvaluationSettings, BenchmarkSettings)
+MODELS = (
+    JobConfig,
+    *(model for algorithm in ALGORITHMS.values() for _, model in sections(algorithm)),
+    *SECTIONS.values(),
+)
 FIELDS = [pytest.param(model, spec, id=f"{model.__name__}.{spec.key}") for model in MODELS for spec in describe(model)]
 
 
@@ -25,7 +19,7 @@ def test_every_field_explains_itself(model, spec):
     if spec.type in ("choice", "int_choice"):
         assert spec.choices
         assert spec.required or spec.default in spec.choices or (spec.optional and spec.default is None)
-    if spec.type == "int" and spec.key != "SEED":
+    if spec.type == "int" and spec.key.upper() != "SEED":
         assert spec.ge is not None and spec.unit
 
 
@@ -34,16 +28,16 @@ def test_keys_that_nothing_reads_are_marked():
 
 
 def test_lists_of_choices_are_marked():
-    several = {m.__name__: [s.key for s in describe(m) if s.several] for m in ALGORITHMS}
-    assert several["AutoAWQSettings"] == ["W_BIT", "Q_GROUP_SIZE"]
-    assert several["NativeSettings"] == ["METHOD", "W_BIT", "Q_GROUP_SIZE"]
+    several = {name: [s.key for s in describe(m) if s.several] for name, m in ALGORITHMS.items()}
+    assert several["AutoAWQ"] == ["W_BIT", "Q_GROUP_SIZE"]
+    assert several["Native"] == ["METHOD", "W_BIT", "Q_GROUP_SIZE"]
     method = next(s for s in describe(NativeSettings) if s.key == "METHOD")
     assert method.type == "choice" and method.choices == ("GPTQ", "AWQ+GPTQ", "AWQ", "RTN")
     assert "AWQ alone hardly beats plain rounding below 4 bits" in method.help
 
 
 def test_group_size_offers_the_guides_values():
-    (spec,) = [s for s in describe(AutoAWQSettings) if s.key == "Q_GROUP_SIZE"]
+    (spec,) = [s for s in describe(ALGORITHMS["AutoAWQ"]) if s.key == "Q_GROUP_SIZE"]
     assert spec.type == "int_choice" and spec.choices == (128, 64, 32) and spec.default == 128
 
 
