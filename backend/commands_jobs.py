@@ -9,7 +9,7 @@ from typing import Any
 
 from backend.evaluate.combined import combined_table
 from backend.evaluate.compare import RENDERERS, comparison_rows
-from backend.jobs import control, export
+from backend.jobs import control, export, launch
 from backend.jobs.follow import follow
 from backend.jobs.preflight import check_job
 from backend.jobs.results import results_of
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, home: Home) -> int:
 
 def resume(args: argparse.Namespace, home: Home) -> int:
     """Queue a job again and follow it to its end."""
-    control.watch(home)
+    launch.watch(home)
     before = JobStore(home).get(args.job_id)
     events = control.events_file(home, before.uid)
     cursor = events.stat().st_size if events.exists() else 0
@@ -98,7 +98,7 @@ def validate(args: argparse.Namespace, home: Home) -> int:
 
 def jobs(args: argparse.Namespace, home: Home) -> int:
     """List jobs, newest first."""
-    control.watch(home)
+    launch.watch(home)
     states = tuple(dict.fromkeys(args.state or ()))
     found = JobStore(home).jobs(states=states, limit=args.limit)
     if args.json:

@@ -35,7 +35,7 @@ from typing import Any
 import httpx
 import psutil
 
-from backend.jobs import control
+from backend.jobs import control, launch
 from backend.jobs.events import read_lines
 from backend.jobs.states import FINAL
 from backend.jobs.store import Job, JobStore
@@ -130,7 +130,7 @@ def create(home: Home, name: str, **more: Any) -> Job:
     """A queued job, and a scheduler that sees it."""
     text = text_of(name, **more)
     job = JobStore(home).create(text, parse_yaml(text).config, device="cpu")
-    control.ensure_scheduler(home)
+    launch.ensure_scheduler(home)
     return job
 
 

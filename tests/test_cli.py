@@ -9,7 +9,7 @@ import sqlite3
 import pytest
 
 from backend import accounts, cli, commands_jobs
-from backend.jobs import control
+from backend.jobs import control, launch
 from backend.jobs.store import JobStore
 from backend.schema import parse_yaml
 from tests.conftest import demo_text
@@ -19,7 +19,7 @@ PASSWORD = "a long enough passphrase"
 
 @pytest.fixture
 def store(home, monkeypatch):
-    monkeypatch.setattr(control, "watch", lambda home: False)  # the list must not start what is queued here
+    monkeypatch.setattr(launch, "watch", lambda home: False)  # the list must not start what is queued here
     return JobStore(home)
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from backend.errors import QuantdeckError
-from backend.jobs import control
+from backend.jobs import launch
 from backend.jobs.store import JobStore
 from backend.paths import PROJECT, Home
 from backend.process import lock_is_held
@@ -81,7 +81,7 @@ class Watcher:
     def _watch(self) -> None:
         while not self._end.wait(self.every_s):
             try:
-                control.watch(self.home)
+                launch.watch(self.home)
                 self._told = ""
             except Exception as error:  # a full disk or a busy store now; the next look may find it well again
                 if str(error) != self._told:

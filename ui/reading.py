@@ -17,7 +17,7 @@ import gradio as gr
 
 from backend.errors import JobError
 from backend.jobs import database
-from backend.jobs.control import scheduler_lock
+from backend.jobs.launch import scheduler_lock
 from backend.jobs.states import State
 from backend.jobs.store import Job, JobStore, StoreBusyError
 from backend.paths import Home

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import QuantdeckError
-from backend.jobs import doctor_disk
+from backend.jobs import doctor_disk, launch
 from backend.jobs.states import ACTIVE, FINAL, MOVES
 from backend.jobs.store import JobStore
 from backend.paths import HOME_VARIABLE, Home
@@ -348,8 +348,6 @@ def _leases(home: Home, snapshot: Snapshot) -> tuple[str, Suspects]:
 
 def _mend_alive(home: Home) -> list[Finding]:
     """Drop leases that nobody can own, and start a scheduler if there is work for one; it does the rest."""
-    from backend.jobs import control
-
     states = ", ".join(f"'{state}'" for state in AT_WORK)
     try:
         JobStore(home).counts()  # an error if the store is of a newer version, which is not ours to change
@@ -360,7 +358,7 @@ def _mend_alive(home: Home) -> list[Finding]:
                 f"AND jobs.attempt = leases.attempt AND jobs.state IN ({states})) RETURNING resource, uid"
             ).fetchall()
             db.execute("COMMIT")
-        control.watch(home)
+        launch.watch(home)
     except (QuantdeckError, sqlite3.Error):
         return []  # the check of the job store tells why
     problems = [Problem(f"{resource} was taken by job {uid}, which is not at work", "", True) for resource, uid in rows]

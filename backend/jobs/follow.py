@@ -6,7 +6,8 @@ import sys
 import time
 from typing import Any
 
-from backend.jobs.control import cancel, events, watch
+from backend.jobs.control import cancel, events
+from backend.jobs.launch import watch
 from backend.jobs.store import Job, JobStore, StoreBusyError
 from backend.paths import Home
 

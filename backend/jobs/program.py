@@ -21,7 +21,8 @@ from backend.jobs.redact import redact
 from backend.paths import PROJECT
 from backend.process import PARENT_VARIABLE, QUIET_THREADS, die_first_of_all, end_descendants, end_tree
 
-POLL_S = 0.2
+FIRST_POLL_S, POLL_S = 0.01, 0.2
+"""Pauses between two looks at a program grow from the first to the second: a short one is not waited for in vain."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def run_program(command: Command, *, device: Mapping[str, str], events_file: Pat
     kills = memory_kills()
     process, errors = _start(command, program_environment(command, device), events_file)
     kind = message = ""
+    pause = FIRST_POLL_S
     with LogPump(errors, log) as pump:
         try:
             while True:
@@ -103,7 +105,8 @@ def run_program(command: Command, *, device: Mapping[str, str], events_file: Pat
                     process.returncode = os.waitstatus_to_exitcode(status)
                     break
                 watch.on_poll()
-                time.sleep(POLL_S)
+                time.sleep(pause)
+                pause = min(POLL_S, 1.5 * pause)
         except BaseException as error:
             end_tree(process, grace_s=watch.grace_s(error), on_step=watch.on_signal)
             raise

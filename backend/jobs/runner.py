@@ -28,6 +28,7 @@ from backend.engines.configurations import configurations
 from backend.errors import JobError, QuantdeckError
 from backend.files import write_json
 from backend.jobs.devices import device_environment
+from backend.jobs.launch import watch
 from backend.jobs.logs import LogHandler, LogWriter
 from backend.jobs.outcomes import HaltError, Outcome, outcome_of
 from backend.jobs.program import Watch, run_program
@@ -484,11 +485,9 @@ def main() -> None:
 
 def _wake_scheduler(home: Home) -> None:
     """See to it that somebody starts the next job; that one must not be taken for a process of this job."""
-    from backend.jobs import control
-
     os.environ.pop(JOB_VARIABLE, None)
     with contextlib.suppress(Exception):
-        control.watch(home)
+        watch(home)
 
 
 if __name__ == "__main__":

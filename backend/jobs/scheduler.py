@@ -2,7 +2,7 @@
 
 Started as `python -m backend.jobs.scheduler HOME`, in a session of its own. It holds a lock for its whole life, so
 there is one at a time; it ends when there is nothing to do, and whoever looks at jobs starts it again
-(`backend.jobs.control.watch`). It never works on a job itself: killing it changes nothing for a running one.
+(`backend.jobs.launch.watch`). It never works on a job itself: killing it changes nothing for a running one.
 
 Decisions rest on locks, on counters and on this process's monotonic clock, never on the time of day.
 """
@@ -15,13 +15,14 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from backend.errors import QuantdeckError
-from backend.jobs import control
+from backend.jobs.complaints import Complaints
 from backend.jobs.devices import Gpu, gpu_numbers, gpus
 from backend.jobs.heartbeats import Heartbeats
+from backend.jobs.launch import scheduler_lock, start_runner
 from backend.jobs.plan import plan
 from backend.jobs.states import ACTIVE, STARTED
 from backend.jobs.store import Job, JobStore, StoreBusyError
@@ -30,6 +31,7 @@ from backend.process import boot_id, end_leftovers, hold_lock, lock_is_held, pro
 from backend.settings import Settings
 
 TICK_S = 0.5
+SHORTEST_REST_S = 0.05
 LONGEST_REST_S = 5.0
 IDLE_S = 30.0
 LAUNCH_GRACE_S = 20.0
@@ -65,10 +67,10 @@ class Scheduler:
     ) -> None:
         self.home = home
         self.store = JobStore(home)
-        self._clock, self._launch, self._devices, self._boot = clock, launch or control.launch, devices, boot
+        self._clock, self._launch, self._devices, self._boot = clock, launch or start_runner, devices, boot
         self._heartbeats = Heartbeats(clock, stalled_s)
         self._settings = Settings()
-        self._complaint = ""
+        self._complaints = Complaints(log)
         self._runners: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
         self._seen: dict[tuple[str, int], float] = {}
 
@@ -78,27 +80,28 @@ class Scheduler:
         self._heartbeats.begin_round()
         begun = self.store.summaries(states=(*STARTED, "lost"), limit=ALL)
         for job in begun:
-            alive = self._has_runner(job)
-            if job.state == "lost" and not alive:
-                self._after_loss(job)
-            elif job.state in STARTED and alive:
-                self._watch_heartbeat(job)
-            elif job.state in STARTED:
-                self._bury(job)
+            # What is wrong with one job must not keep the others from starting; a busy store is no job's fault.
+            with self._complaints.told(f"job {job.job_id} ({job.uid})", through=StoreBusyError):
+                self._look_after(job)
         self._forget({(job.uid, job.attempt) for job in begun})
         if waiting := self.store.summaries(states=("queued",), limit=ALL):
             self._start(waiting)
+
+    def _look_after(self, job: Job) -> None:
+        alive = self._has_runner(job)
+        if job.state == "lost" and not alive:
+            self._after_loss(job)
+        elif job.state in STARTED and alive:
+            self._watch_heartbeat(job)
+        elif job.state in STARTED:
+            self._bury(job)
 
     def _has_runner(self, job: Job) -> bool:
         return lock_is_held(self.home.run_dir(job.uid) / "runner.lock")
 
     def _load_settings(self) -> None:
-        try:
-            self._settings, self._complaint = Settings.load(self.home), ""
-        except QuantdeckError as error:
-            if error.message != self._complaint:
-                log.error("the settings stay as they were: %s", error.message)
-            self._complaint = error.message
+        with self._complaints.told("the settings stay as they were"):
+            self._settings = Settings.load(self.home)
 
     def _forget(self, present: set[tuple[str, int]]) -> None:
         ended = {key for key, runner in self._runners.items() if runner.poll() is not None}  # this reaps it, too
@@ -182,14 +185,22 @@ class Scheduler:
         waits = []
         for decision in plan(waiting, self._used(devices), devices, self._settings.jobs.cpu_slots):
             job, reason = decision.job, decision.reason
-            if decision.resources and self._has_runner(job):
-                reason = "waiting: the process of its last attempt has not ended yet"
+            if decision.resources and (obstacle := self._obstacle(job)):
+                reason = f"waiting: {obstacle}"
             elif decision.resources and self.store.grant(job.uid, job.attempt, decision.resources):
                 log.info("job %s (%s), attempt %d gets %s", job.job_id, job.uid, job.attempt, decision.resources)
                 self._launched(job)
             if reason and reason != job.reason:
                 waits.append((job.uid, job.attempt, reason))
         self.store.wait_all(waits)
+
+    def _obstacle(self, job: Job) -> str:
+        """What keeps a runner from being started now; empty if nothing does."""
+        try:
+            held = self._has_runner(job)
+        except OSError as error:
+            return f"its working folder cannot be used ({error.strerror}: {error.filename})"
+        return "the process of its last attempt has not ended yet" if held else ""
 
     def _launched(self, job: Job) -> None:
         """Start the runner; where that is not possible, the job is found without one at a later tick."""
@@ -230,25 +241,49 @@ def serve(home: Home) -> bool:
     Returns:
         False if another process is.
     """
-    with hold_lock(control.scheduler_lock(home)) as lock:
+    with hold_lock(scheduler_lock(home)) as lock:
         if lock is None:
             return False
-        scheduler = Scheduler(home)
+        scheduler, complaints = Scheduler(home), Complaints(log)
         number = scheduler.store.register("scheduler")
         log.info("works, process id noted as instance %d", number)
         busy_at = time.monotonic()
         while time.monotonic() - busy_at < IDLE_S:
-            began = time.monotonic()
-            with _told():
+            began, seen = time.monotonic(), _written(home)
+            with complaints.told("a look at the jobs failed"):
                 scheduler.tick()
-            with _told():
+            with complaints.told("the jobs cannot be counted"):
                 if _is_needed(scheduler.store):
                     busy_at = time.monotonic()
-            # Ten thousand waiting jobs make a long tick: rest longer then, rather than take a core.
-            time.sleep(min(max(TICK_S, 3 * (time.monotonic() - began)), LONGEST_REST_S))
-        with _told():
+            _rest(home, seen, 3 * (time.monotonic() - began))
+        with complaints.told("the note of this scheduler stays"):
             scheduler.store.unregister(number)
         return True
+
+
+def _rest(home: Home, seen: tuple[int, ...], least_s: float) -> None:
+    """Wait for the next tick, which comes early if jobs.db is written meanwhile: most likely by a new job.
+
+    Args:
+        home: The home.
+        seen: `_written` before the last tick looked.
+        least_s: Ten thousand waiting jobs make a long tick: rest so long at least, rather than take a core.
+    """
+    least_s = min(max(least_s, SHORTEST_REST_S), LONGEST_REST_S)
+    end = time.monotonic() + max(least_s, TICK_S)
+    time.sleep(least_s)
+    while _written(home) == seen and (left := end - time.monotonic()) > 0:
+        time.sleep(min(SHORTEST_REST_S, left))
+
+
+def _written(home: Home) -> tuple[int, ...]:
+    """A few numbers that change whenever jobs.db is written."""
+    found: list[int] = []
+    for path in (home.jobs_db, home.jobs_db.with_name(f"{home.jobs_db.name}-wal")):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            found += (status.st_ino, status.st_mtime_ns, status.st_size)
+    return tuple(found)
 
 
 def _is_needed(store: JobStore) -> bool:
@@ -257,17 +292,6 @@ def _is_needed(store: JobStore) -> bool:
         return store.count(states=ACTIVE) > 0
     except StoreBusyError:
         return True
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """A tick that fails (a busy or full disk, say) is told and tried again; the scheduler goes on."""
-    try:
-        yield
-    except (QuantdeckError, OSError) as error:
-        log.error("%s", error)
-    except Exception:
-        log.exception("internal error")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 import psutil
 
 from backend.errors import ConfigErrors, QuantdeckError
-from backend.jobs import control, doctor
+from backend.jobs import control, doctor, launch
 from backend.jobs.states import FINAL
 from backend.jobs.store import JobStore
 from backend.paths import PROJECT, Home
@@ -197,9 +197,9 @@ def app_main(home: Home, n_jobs: int) -> None:
                 with open(home.root / "submitted.txt", "a") as file:
                     file.write(f"{name}\n")
         if number % 10 == 0:
-            control.watch(home)
+            launch.watch(home)
     while os.getppid() == parent:
-        control.watch(home)
+        launch.watch(home)
         time.sleep(0.5)
 
 

@@ -54,9 +54,9 @@ def run(home: Home, uid: str, attempt: int) -> None:
 
 def serve(home: Home) -> None:
     """The scheduler, with runners of this module."""
-    from backend.jobs import control, scheduler
+    from backend.jobs import launch, scheduler
 
-    control.RUNNER = MODULE
+    launch.RUNNER = MODULE
     scheduler.TICK_S = 0.1
     scheduler.IDLE_S = json.loads((home.root / "standin.json").read_text()).get("idle_s", scheduler.IDLE_S)
     scheduler.main()

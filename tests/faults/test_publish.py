@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from backend.jobs import control
+from backend.jobs import launch
 from backend.jobs.publish import check_manifest
 from backend.process import hold_lock
 from tests.jobs.harness import weights
@@ -19,7 +19,7 @@ STEPS = (
 def test_a_runner_killed_while_it_saves_has_saved_once_or_not_at_all(jobs, step):
     job = jobs.create({"name": "w4"}, {"name": "w3"})
     folder = jobs.folder(job)
-    with hold_lock(control.scheduler_lock(jobs.home)):
+    with hold_lock(launch.scheduler_lock(jobs.home)):
         assert jobs.launch(job, QUANTDECK_FAILPOINT=step).wait(60) == -signal.SIGKILL
         assert jobs.get(job).state == "running"
         visible = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
@@ -28,7 +28,7 @@ def test_a_runner_killed_while_it_saves_has_saved_once_or_not_at_all(jobs, step)
         )
         assert all(check_manifest(folder / name) == [] for name in visible)
         before = {name: (weights(folder / name), (folder / name).stat().st_ino) for name in visible}
-    control.ensure_scheduler(jobs.home)
+    launch.ensure_scheduler(jobs.home)
     done = jobs.until(job)
     assert (done.state, done.attempt, done.outcome) == ("succeeded", 2, None), done.reason
     assert sorted(p.name for p in folder.iterdir()) == ["w3", "w4"]

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from backend.errors import JobError
-from backend.jobs import control
+from backend.jobs import control, launch
 from backend.jobs.logs import LogWriter
 from backend.jobs.outcomes import CODES, advice, classify, memory_kills, outcome_of, outcome_of_text
 from backend.jobs.publish import check_manifest
@@ -67,7 +67,7 @@ def test_a_killed_runner_takes_all_along_before_its_lease_is_free_and_the_weight
 def test_a_runner_that_always_dies_is_not_started_for_ever(jobs):
     settings = {"sleep_at": 1, "every_attempt": True, "keeps_layers": False}
     job = jobs.create({"name": "w4", "settings": settings}, changes={"MAX_ATTEMPTS": 2})
-    control.ensure_scheduler(jobs.home)
+    launch.ensure_scheduler(jobs.home)
     for attempt in (1, 2):
         jobs.at_layer(job, 1, attempt=attempt)
         jobs.runner(job).kill()
@@ -143,7 +143,7 @@ def test_a_runner_says_who_it_is_and_shows_its_engine_what_was_granted_alone(job
 
 def test_a_stopped_runner_that_wakes_up_superseded_stores_and_saves_nothing(jobs):
     job = jobs.create({"name": "w4", "settings": {"sleep_s": 0.3}})
-    with hold_lock(control.scheduler_lock(jobs.home)):  # so that nobody starts the second attempt too early
+    with hold_lock(launch.scheduler_lock(jobs.home)):  # so that nobody starts the second attempt too early
         runner = jobs.launch(job)
         jobs.at_layer(job, 1)
         engine = jobs.engine(job)
@@ -155,7 +155,7 @@ def test_a_stopped_runner_that_wakes_up_superseded_stores_and_saves_nothing(jobs
         os.kill(runner.pid, signal.SIGCONT)
         assert runner.wait(60) == 0
         assert jobs.get(job) == before and not jobs.folder(job).exists()
-    control.ensure_scheduler(jobs.home)
+    launch.ensure_scheduler(jobs.home)
     done = jobs.until(job)
     assert (done.state, done.attempt) == ("succeeded", 2), done.reason
     assert check_manifest(jobs.folder(job)) == []
@@ -163,7 +163,7 @@ def test_a_stopped_runner_that_wakes_up_superseded_stores_and_saves_nothing(jobs
 
 def test_a_superseded_runner_kills_its_engine(jobs):
     job = jobs.create({"name": "w4", "settings": {"sleep_at": 1, "ignore_signals": True}})
-    with hold_lock(control.scheduler_lock(jobs.home)):
+    with hold_lock(launch.scheduler_lock(jobs.home)):
         runner = jobs.launch(job)
         jobs.at_layer(job, 1)
         engine = jobs.engine(job)
@@ -325,7 +325,7 @@ def moves(jobs, job):
 
 
 def test_cancel_of_a_job_that_waits_starts_or_is_lost(jobs):
-    with hold_lock(control.scheduler_lock(jobs.home)):
+    with hold_lock(launch.scheduler_lock(jobs.home)):
         queued = jobs.create({"name": "w4"}, name="queued")
         assert control.cancel(jobs.home, queued.uid).state == "cancelled"
         starting = jobs.create({"name": "w4"}, name="starting")
@@ -364,7 +364,7 @@ def test_cancel_and_end_at_the_same_moment_leave_one_final_state(jobs, tmp_path)
     """The runner's own last step against the user's click, often enough that both orders happen."""
     seen = set()
     jobs.examined = False  # these jobs succeed without any work
-    with hold_lock(control.scheduler_lock(jobs.home)), LogWriter(tmp_path / "log", Settings().jobs) as output:
+    with hold_lock(launch.scheduler_lock(jobs.home)), LogWriter(tmp_path / "log", Settings().jobs) as output:
         for number in range(200):
             job = jobs.create({"name": "w4"}, name=f"race{number}")
             jobs.store.grant(job.uid, 1, ["cpu:0"])

@@ -4,10 +4,12 @@ Its ticks run inside the test on a clock that the test sets, with real stores, l
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -16,8 +18,9 @@ import psutil
 import pytest
 
 from backend.errors import ConfigErrors
-from backend.jobs import control, devices, scheduler
+from backend.jobs import control, devices, launch, scheduler
 from backend.jobs import store as store_module
+from backend.jobs.complaints import Complaints
 from backend.jobs.scheduler import Scheduler
 from backend.jobs.store import JobStore, StoreBusyError
 from backend.paths import PROJECT
@@ -356,7 +359,7 @@ def test_a_runner_that_fails_at_once_is_not_waited_for(home):
 
 
 def test_a_cancelled_job_without_a_runner_ends_whenever_it_is_cancelled(home, monkeypatch):
-    monkeypatch.setattr(control, "ensure_scheduler", lambda home: True)
+    monkeypatch.setattr(launch, "ensure_scheduler", lambda home: True)
     store = JobStore(home)
     ticker, launched = scheduler_of(home)
     job = make(store)
@@ -430,7 +433,7 @@ def played(home, **play):
 
 def test_a_stopped_runner_is_not_started_twice_and_its_late_writes_are_refused(home, monkeypatch):
     played(home, seconds=600.0)
-    monkeypatch.setattr(control, "RUNNER", standin.MODULE)
+    monkeypatch.setattr(launch, "RUNNER", standin.MODULE)
     store = JobStore(home)
     job = make(store)
     ticker = Scheduler(home, stalled_s=1.0)
@@ -474,10 +477,10 @@ def serve(home):
 
 
 def test_two_schedulers_start_each_of_many_jobs_once_and_a_killed_one_is_replaced(home, monkeypatch):
-    jobs, slots = 110, 6
+    jobs, slots = 200, 6
     played(home, seconds=0.0, idle_s=3.0)
     (home.root / "quantdeck.toml").write_text(f"[jobs]\ncpu_slots = {slots}\n")
-    monkeypatch.setattr(control, "SCHEDULER", standin.MODULE)
+    monkeypatch.setattr(launch, "SCHEDULER", standin.MODULE)
     store = JobStore(home)
     made = [make(store, f"j{i}") for i in range(jobs)]
     processes = [serve(home), serve(home)]
@@ -487,13 +490,13 @@ def test_two_schedulers_start_each_of_many_jobs_once_and_a_killed_one_is_replace
         (leader,) = [process for process in processes if process.pid == works.pid]
         leader.send_signal(signal.SIGKILL)
         leader.wait(30)
-        until(lambda: control.watch(home) or lock_is_held(control.scheduler_lock(home)), 30)
+        until(lambda: launch.watch(home) or lock_is_held(launch.scheduler_lock(home)), 30)
         until(lambda: store.count(("succeeded",)) == jobs, 300)
         starts = [(uid, attempt) for uid, attempt, _ in standin.lines(home.root / "starts.txt")]
         assert sorted(starts) == sorted((job.uid, "1") for job in made)
         grants = [e for job in made for e in store.history(job.uid) if e["to_state"] == "starting"]
         assert len(grants) == jobs and store.leases() == [] and store.check() == []
-        until(lambda: not lock_is_held(control.scheduler_lock(home)), 30)  # it ends when there is nothing to do
+        until(lambda: not lock_is_held(launch.scheduler_lock(home)), 30)  # it ends when there is nothing to do
         until(lambda: store.instances() == [], 30)
     finally:
         for process in processes:
@@ -504,7 +507,7 @@ def test_two_schedulers_start_each_of_many_jobs_once_and_a_killed_one_is_replace
 def test_a_job_that_comes_just_when_the_scheduler_leaves_is_not_stranded(home, monkeypatch):
     """It comes after the last look and before the lock is free, so nobody else starts a scheduler for it."""
     played(home, seconds=0.0)
-    monkeypatch.setattr(control, "RUNNER", standin.MODULE)
+    monkeypatch.setattr(launch, "RUNNER", standin.MODULE)
     monkeypatch.setattr(scheduler, "IDLE_S", 0.3)
     monkeypatch.setattr(scheduler, "TICK_S", 0.1)
     monkeypatch.setattr(sys, "argv", ["scheduler", str(home.root)])
@@ -514,17 +517,17 @@ def test_a_job_that_comes_just_when_the_scheduler_leaves_is_not_stranded(home, m
         real(store, number)
         if not came:
             came.append(make(store))
-            assert not control.ensure_scheduler(home) and not control.watch(home)
+            assert not launch.ensure_scheduler(home) and not launch.watch(home)
 
     monkeypatch.setattr(JobStore, "unregister", leave)
     scheduler.main()
     assert states(JobStore(home)) == {"one": "succeeded"}
-    assert not lock_is_held(control.scheduler_lock(home))
+    assert not lock_is_held(launch.scheduler_lock(home))
 
 
 def test_a_scheduler_outlives_a_store_that_does_not_answer(home, monkeypatch):
     played(home, seconds=0.0)
-    monkeypatch.setattr(control, "RUNNER", standin.MODULE)
+    monkeypatch.setattr(launch, "RUNNER", standin.MODULE)
     monkeypatch.setattr(scheduler, "IDLE_S", 1.0)
     monkeypatch.setattr(scheduler, "TICK_S", 0.1)
     store, failures = JobStore(home), []
@@ -544,11 +547,63 @@ def test_a_scheduler_outlives_a_store_that_does_not_answer(home, monkeypatch):
 
 def test_what_a_runner_starts_at_its_end_is_not_taken_for_a_part_of_its_job(home, monkeypatch):
     played(home, seconds=0.0, idle_s=0.1)
-    monkeypatch.setattr(control, "SCHEDULER", standin.MODULE)
+    monkeypatch.setattr(launch, "SCHEDULER", standin.MODULE)
     monkeypatch.setenv(JOB_VARIABLE, "abc:1")
     seen = []
     real = subprocess.Popen
-    monkeypatch.setattr(control.subprocess, "Popen", lambda *a, **k: seen.append(k["env"]) or real(*a, **k))
-    assert control.ensure_scheduler(home)
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *a, **k: seen.append(k["env"]) or real(*a, **k))
+    assert launch.ensure_scheduler(home)
     assert JOB_VARIABLE not in seen[0]
-    assert not control.watch(home)  # there is nothing to do
+    assert not launch.watch(home)  # there is nothing to do
+
+
+def test_one_job_whose_folder_cannot_be_used_holds_up_no_other(home):
+    (home.root / "quantdeck.toml").parent.mkdir(parents=True, exist_ok=True)
+    (home.root / "quantdeck.toml").write_text("[jobs]\ncpu_slots = 3\n")
+    store = JobStore(home)
+    active, waiting, sound = make(store, "active"), make(store, "waiting"), make(store, "sound")
+    start(store, active, "cpu:0")
+    (home.private / "runs").mkdir(parents=True, exist_ok=True)
+    for job in (active, waiting):
+        home.run_dir(job.uid).write_text("a file where a folder should be")
+    ticker, launched = scheduler_of(home)
+    ticker.tick()
+    assert launched == [(sound.uid, 1)] and states(store)["active"] == "running"
+    assert "its working folder cannot be used (Not a directory" in store.get(waiting.uid).reason
+    home.run_dir(waiting.uid).unlink()
+    ticker.tick()
+    assert launched[1:] == [(waiting.uid, 1)]
+
+
+def test_a_new_job_is_seen_before_the_next_tick_is_due(home, monkeypatch):
+    played(home, seconds=0.0)
+    monkeypatch.setattr(launch, "RUNNER", standin.MODULE)
+    monkeypatch.setattr(scheduler, "IDLE_S", 3.0)
+    monkeypatch.setattr(scheduler, "TICK_S", 600.0)
+    store = JobStore(home)
+    make(store, "first")
+    serving = threading.Thread(target=scheduler.serve, args=(home,), daemon=True)
+    serving.start()
+    until(lambda: states(store) == {"first": "succeeded"})
+    make(store, "second")
+    until(lambda: states(store) == {"first": "succeeded", "second": "succeeded"})
+    monkeypatch.setattr(scheduler, "TICK_S", 0.1)
+    make(store, "last")  # ends the long rest
+    serving.join(60)
+    assert not serving.is_alive()
+
+
+def test_an_error_that_stays_is_told_once(caplog):
+    complaints = Complaints(logging.getLogger("quantdeck.test"))
+    for text in ("full", "full", "other", "other"):
+        with complaints.told("the disk"):
+            raise OSError(text)
+    with complaints.told("the disk"):
+        pass
+    with complaints.told("the disk"):
+        raise ValueError("other")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the disk: full", "the disk: other", "the disk: internal error, ValueError: other",
+    ]  # fmt: skip
+    with pytest.raises(StoreBusyError), complaints.told("the store", through=StoreBusyError):
+        raise StoreBusyError("busy")

@@ -15,7 +15,7 @@ from random import Random
 import pytest
 
 from backend.errors import JobError
-from backend.jobs import control, database
+from backend.jobs import database, launch
 from backend.jobs.migrations import migrations, schedule_jobs
 from backend.jobs.states import FINAL
 from backend.jobs.store import JobStore, StoreBusyError
@@ -210,7 +210,7 @@ def test_a_database_replaced_by_garbage_while_jobs_exist_is_kept_and_named(home)
     store = JobStore(home)
     make(store)
     home.jobs_db.write_bytes(b"\x00garbage" * 1000)
-    for call in (store.jobs, lambda: make(store, "two"), lambda: JobStore(home), lambda: control.watch(home)):
+    for call in (store.jobs, lambda: make(store, "two"), lambda: JobStore(home), lambda: launch.watch(home)):
         with pytest.raises(JobError, match="file is not a database"):
             call()
     assert home.jobs_db.read_bytes() == b"\x00garbage" * 1000

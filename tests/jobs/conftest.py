@@ -2,7 +2,7 @@
 
 import pytest
 
-from backend.jobs import control
+from backend.jobs import launch
 from tests.jobs import fake_scheduler
 from tests.jobs.harness import Jobs
 
@@ -10,8 +10,8 @@ from tests.jobs.harness import Jobs
 @pytest.fixture
 def jobs(home, monkeypatch):
     """The jobs of an empty home, whose programs are fakes; what a test leaves of ended jobs is looked at."""
-    monkeypatch.setattr(control, "RUNNER", fake_scheduler.RUNNER)
-    monkeypatch.setattr(control, "SCHEDULER", fake_scheduler.SCHEDULER)
+    monkeypatch.setattr(launch, "RUNNER", fake_scheduler.RUNNER)
+    monkeypatch.setattr(launch, "SCHEDULER", fake_scheduler.SCHEDULER)
     made = Jobs(home)
     try:
         yield made

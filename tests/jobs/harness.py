@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from backend.errors import JobError
-from backend.jobs import control, doctor
+from backend.jobs import control, doctor, launch
 from backend.jobs.store import JobStore
 from backend.paths import PROJECT, Home
 from backend.process import end_leftovers, processes_of
@@ -49,7 +49,7 @@ class Jobs:
     def start(self, *configurations, **more):
         """A job that the scheduler starts."""
         job = self.create(*configurations, **more)
-        control.ensure_scheduler(self.home)
+        launch.ensure_scheduler(self.home)
         return job
 
     def launch(self, job, *, resources=("cpu:0",), **variables):

@@ -18,7 +18,7 @@ import httpx
 import uvicorn
 from gradio import Blocks
 
-from backend.jobs import control
+from backend.jobs import launch
 from backend.paths import Home
 from backend.settings import Settings
 from ui.server import create_app, server_config
@@ -80,7 +80,7 @@ def running(home: Home, *, watch: Callable[[Home], Any] = lambda _: None, **sett
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     stack = contextlib.ExitStack()
-    stack.enter_context(patch.object(control, "watch", watch))
+    stack.enter_context(patch.object(launch, "watch", watch))
     app = create_app(home, "127.0.0.1", port)
     server = uvicorn.Server(server_config(app, "127.0.0.1", port, Settings.load(home).web))
     thread = threading.Thread(target=server.run, daemon=True)

@@ -19,7 +19,7 @@ from backend.errors import ConfigError, ConfigErrors, ModelError
 from backend.formats import remote_code
 from backend.formats.config import read_config_json
 from backend.formats.remote_code import MODULES_VARIABLE, VARIABLE
-from backend.jobs import control
+from backend.jobs import launch
 from backend.jobs.preflight import check_job
 from backend.jobs.program import Command, program_environment
 from backend.jobs.publish import read_manifest
@@ -212,7 +212,7 @@ def test_leave_that_was_taken_back_stops_the_job(home, model, canary):
     text = text_of(model)
     JobStore(home).create(text, parse_yaml(text).config, device="cpu")
     allow(home, "")
-    control.ensure_scheduler(home)
+    launch.ensure_scheduler(home)
     job = until(home, "canary", lambda job: not job.is_active, 120.0)
     assert (job.state, job.outcome) == ("failed", "bad_input") and "allow_remote_code" in job.reason
     assert not canary.exists()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
-from backend.jobs import control
+from backend.jobs import control, launch
 from backend.jobs.store import JobStore
 from backend.schema import parse_yaml
 from ui.draft import TEMPLATE
@@ -24,7 +24,7 @@ PARTS = ("seen", "timer", "said", "head", "facts", "result", "stages", "notes", 
 @pytest.fixture(autouse=True)
 def no_scheduler(monkeypatch):
     """These tests look at a job; nothing may start it."""
-    monkeypatch.setattr(control, "ensure_scheduler", lambda home: False)
+    monkeypatch.setattr(launch, "ensure_scheduler", lambda home: False)
 
 
 @pytest.fixture

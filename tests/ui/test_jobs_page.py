@@ -12,7 +12,7 @@ import pytest
 from starlette.datastructures import URL, QueryParams
 
 from backend.errors import JobError
-from backend.jobs import control
+from backend.jobs import launch
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.process import hold_lock
@@ -31,7 +31,7 @@ DRAWN = ("heading", "health", "filters", "table", "seen")
 @pytest.fixture(autouse=True)
 def no_scheduler(monkeypatch):
     """These tests look at jobs; nothing may start them."""
-    monkeypatch.setattr(control, "ensure_scheduler", lambda home: False)
+    monkeypatch.setattr(launch, "ensure_scheduler", lambda home: False)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_a_missing_scheduler_is_told_after_a_moment_and_no_longer_than_it_lasts(
         if isinstance(now["health"], gr.HTML):
             told.append(now["health"].value)
     assert told[0] == "" and "the scheduler is not running" in told[-1]
-    with hold_lock(control.scheduler_lock(home)) as held:
+    with hold_lock(launch.scheduler_lock(home)) as held:
         assert held
         now = drawn(refresh(View(), "", seen))
     assert now["health"].visible is False

@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from backend.errors import ConfigError
-from backend.jobs import control
+from backend.jobs import launch
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.schema import parse_yaml
@@ -30,7 +30,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(home):
     with (
-        patch.object(control, "watch", lambda _: None),  # the jobs of these tests are not to be run
+        patch.object(launch, "watch", lambda _: None),  # the jobs of these tests are not to be run
         TestClient(create_app(home), base_url=OWN) as client,
     ):
         yield client
