@@ -29,12 +29,18 @@ class Activations:
         dtype: Their type.
         folder: Where `commit` keeps them for a later process; None if that is not needed.
         memory_limit: Bytes; above it the parts live in files (in `folder`, or a temporary one).
+        name: Of the files.
     """
 
     def __init__(
-        self, shapes: Sequence[Shape], dtype: torch.dtype, folder: Path | None = None, memory_limit: int = MEMORY_LIMIT
+        self,
+        shapes: Sequence[Shape],
+        dtype: torch.dtype,
+        folder: Path | None = None,
+        memory_limit: int = MEMORY_LIMIT,
+        name: str = "activations",
     ) -> None:
-        self._shapes, self._dtype = list(shapes), dtype
+        self._shapes, self._dtype, self._name = list(shapes), dtype, name
         sizes = [prod(shape) * dtype.itemsize for shape in shapes]
         self._offsets = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
         self.nbytes = self._offsets[-1]
@@ -97,7 +103,7 @@ class Activations:
             self._temporary.cleanup()
 
     def _path(self, generation: int) -> Path:
-        return self._folder / f"activations-{generation % 2}.bin"
+        return self._folder / f"{self._name}-{generation % 2}.bin"
 
     def _store(self, number: int, part: Tensor, generation: int) -> None:
         path = self._path(generation)

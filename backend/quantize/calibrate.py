@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,27 +25,69 @@ def calibrate(stream: LayerStream, index: int, layer: nn.Module) -> dict[InputGr
     """
     hidden = stream.probe().to(stream.dtype)
     groups = find_groups(layer, hidden, stream.call(index, hidden))
-    grams: dict[InputGroup, Gram] = {}
-    mask = _Mask()
-    handles = []
-    for group in groups:
-        linear = layer.get_submodule(group.linears[0])
-        assert isinstance(linear, nn.Linear)
-        grams[group] = Gram(linear.in_features, stream.device)
-        handles.append(linear.register_forward_pre_hook(_accumulate(grams[group], mask)))
-    try:
-        for mask.text in stream.advance(index, layer):
+    with GramWatcher(layer, groups, stream.device) as watcher:
+        for watcher.mask in stream.advance(index, layer):
             pass
-    finally:
-        for handle in handles:
+    watcher.check(f"Layer {index}")
+    return watcher.grams
+
+
+class GramWatcher:
+    """Collects the Gram matrices of input groups while a layer runs.
+
+    Args:
+        layer: A decoder layer.
+        groups: Its input groups, or some of them.
+        device: Where the Gram matrices live.
+
+    Attributes:
+        grams: What was seen inside `with`.
+        mask: Which tokens of the part that runs next are text, (samples, length); None for all.
+        paused: Whether parts pass unseen.
+    """
+
+    def __init__(self, layer: nn.Module, groups: Sequence[InputGroup], device: torch.device) -> None:
+        self._layer = layer
+        self.grams = {group: Gram(_linear(layer, group).in_features, device) for group in groups}
+        self.mask: Tensor | None = None
+        self.paused = False
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> GramWatcher:
+        for group, gram in self.grams.items():
+            self._handles.append(_linear(self._layer, group).register_forward_pre_hook(self._add_to(gram)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
             handle.remove()
-    for group, gram in grams.items():
-        if not bool(torch.isfinite(gram.mean_abs).all() and torch.isfinite(gram.H.diagonal()).all()):
-            raise ModelError(
-                f"Layer {index}: the input of {group.linears[0]} is not finite, or its squares overflow, on the "
-                "calibration text."
-            )
-    return grams
+
+    def _add_to(self, gram: Gram) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            if not self.paused:
+                gram.add(x if self.mask is None else x.reshape(*self.mask.shape, -1)[self.mask])
+
+        return hook
+
+    def check(self, where: str) -> None:
+        """Refuse inputs that are not finite.
+
+        Raises:
+            ModelError: Naming `where` and the Linear.
+        """
+        for group, gram in self.grams.items():
+            if not bool(torch.isfinite(gram.mean_abs).all() and torch.isfinite(gram.H.diagonal()).all()):
+                raise ModelError(
+                    f"{where}: the input of {group.linears[0]} is not finite, or its squares overflow, on the "
+                    "calibration text."
+                )
+
+
+def _linear(layer: nn.Module, group: InputGroup) -> nn.Linear:
+    linear = layer.get_submodule(group.linears[0])
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def find_groups(layer: nn.Module, hidden: Tensor, call: LayerCall) -> list[InputGroup]:
@@ -61,17 +104,3 @@ def find_groups(layer: nn.Module, hidden: Tensor, call: LayerCall) -> list[Input
     if idle:
         raise ModelError(f"{idle[0]} of {type(layer).__name__} is not used in a forward pass; it cannot be calibrated.")
     return groups
-
-
-class _Mask:
-    """Which tokens of the part that is running are text: (samples, length), or None for all."""
-
-    text: Tensor | None = None
-
-
-def _accumulate(gram: Gram, mask: _Mask) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        gram.add(x if mask.text is None else x.reshape(*mask.text.shape, -1)[mask.text])
-
-    return hook

@@ -51,10 +51,11 @@ class Checkpoint:
     Args:
         folder: Where it is kept.
         key: `fingerprint` of the run.
+        report: The dataclass that reports on a layer.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self._path, self._key = folder / FILE, key
+    def __init__(self, folder: Path, key: str, report: type[Any] = LayerReport) -> None:
+        self._path, self._key, self._report = folder / FILE, key, report
 
     def load(self) -> dict[str, Any] | None:
         """`layer` (finished layers), `reports`, `kept`, `writers` of an earlier process; None if there are none."""
@@ -64,7 +65,8 @@ class Checkpoint:
             return None
         if not isinstance(state, dict) or state.get("key") != self._key:
             return None
-        state["reports"] = [LayerReport(**{**r, "notes": tuple(r["notes"])}) for r in state["reports"]]
+        plain = ({k: tuple(v) if isinstance(v, list) else v for k, v in r.items()} for r in state["reports"])
+        state["reports"] = [self._report(**values) for values in plain]
         return state
 
     def clear(self) -> None:
@@ -74,7 +76,7 @@ class Checkpoint:
     def save(
         self,
         layer: int,
-        reports: Sequence[LayerReport],
+        reports: Sequence[Any],
         kept: Mapping[str, Mapping[str, str]],
         writers: Sequence[Mapping[str, Any]],
     ) -> None:

@@ -102,7 +102,7 @@ def quantize(
         if checkpoint is not None:
             checkpoint.clear()
         report.kept = {recipe.name: {} for recipe in recipes}
-        _write_outside(folder, weights, writers)
+        write_outside(folder, weights, [writer.add for writer in writers])
 
     stage("layers")
     finder = FoldFinder()
@@ -119,14 +119,14 @@ def quantize(
     return report
 
 
-def _write_outside(folder: Path, weights: WeightFiles, writers: Sequence[Writer]) -> None:
-    """Everything that does not belong to a decoder layer, as it is."""
+def write_outside(folder: Path, weights: WeightFiles, adders: Sequence[Callable[[str, Tensor], None]]) -> None:
+    """Hand on, by its name, everything that does not belong to a decoder layer, as it is."""
     headers = drop_tied_head(read_headers(folder), read_config_json(folder))
     outside = [info.name for info in headers if artefact_order(info.name)[0] < 0]
     for name in sorted(outside, key=artefact_order):
         tensor = weights.read([name], torch.device("cpu"), None)[name]
-        for writer in writers:
-            writer.add(name, tensor)
+        for add in adders:
+            add(name, tensor)
 
 
 def _quantize_layer(

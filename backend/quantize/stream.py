@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ class LayerStream:
         folder: Where activations are kept for a later process, None if they need not be.
         memory_limit: Bytes of activations above which they live on disk.
         start: Layer to begin with; above 0 its inputs must be in `folder`.
+        held_out: Samples at the end that form parts of their own, for validation.
+
+    Attributes:
+        training: Numbers of the parts that are not held out.
+        held_out: Numbers of the parts that are.
 
     Raises:
         DataError: If tokens are empty, not two-dimensional, or outside the vocabulary.
@@ -64,12 +70,19 @@ class LayerStream:
         folder: Path | None = None,
         memory_limit: int = MEMORY_LIMIT,
         start: int = 0,
+        held_out: int = 0,
     ) -> None:
         _check_tokens(tokens, lengths, architecture.vocabulary)
         self._architecture, self._weights = architecture, weights
         self.device, self.dtype = device, dtype
         self.layers = len(architecture.layers)
-        self._parts = _parts(tokens, lengths, microbatch)
+        split = len(tokens) - held_out
+        training, validation = (
+            _parts(tokens[rows], None if lengths is None else lengths[rows], microbatch)
+            for rows in (slice(split), slice(split, None))
+        )
+        self._parts = training + validation
+        self.training, self.held_out = range(len(training)), range(len(training), len(self._parts))
         self._calls: dict[tuple[int, int], list[LayerCall]] = {}
         self._probe_length = min(PROBE_TOKENS, self._parts[0].tokens.shape[1])
         self._embed(folder, memory_limit, start)
@@ -81,6 +94,7 @@ class LayerStream:
             width = hidden.shape[-1]
             shapes = [(*part.tokens.shape, width) for part in self._parts]
             self.activations = Activations(shapes, self.dtype, folder, memory_limit)
+            self._store = partial(Activations, shapes, self.dtype, folder, memory_limit)
             resumed = start > 0 and self.activations.restore(start)
             self.start = start if resumed else 0
             for number, part in enumerate(self._parts):
@@ -129,11 +143,24 @@ class LayerStream:
         Yields:
             Before each part runs: where it is text, (samples, length), or None for everywhere.
         """
-        for number, part in enumerate(self._parts):
-            yield None if part.mask is None else part.mask.to(self.device)
-            hidden = self.activations.read(number).to(self.device)
+        for number in range(len(self._parts)):
+            yield self.mask(number)
+            hidden = self.inputs(number)
             self.activations.write(number, call_layer(layer, hidden, self.call(index, hidden)))
         self.activations.advance()
+
+    def inputs(self, number: int) -> Tensor:
+        """A part's hidden states before the current layer, (samples, length, width), on the device."""
+        return self.activations.read(number).to(self.device)
+
+    def mask(self, number: int) -> Tensor | None:
+        """Where a part is text, (samples, length), on the device; None for everywhere."""
+        mask = self._parts[number].mask
+        return None if mask is None else mask.to(self.device)
+
+    def store(self, name: str) -> Activations:
+        """Room for other hidden states of the same parts, e.g. what a layer should answer."""
+        return self._store(name=name)
 
     def probe(self) -> Tensor:
         """The first tokens' activations before the current layer, (1, up to 64, width), float32."""
@@ -158,7 +185,7 @@ def _parts(tokens: Tensor, lengths: Tensor | None, microbatch: int | None) -> li
     """Samples of like length together, so that little padding is computed."""
     if lengths is None:
         size = microbatch or max(1, MICROBATCH_TOKENS // tokens.shape[1])
-        return [_Part(part, None) for part in tokens.split(size)]
+        return [_Part(part, None) for part in tokens.split(size) if len(part)]
     order = lengths.argsort(descending=True, stable=True).tolist()
     parts: list[_Part] = []
     while order:
