@@ -35,6 +35,7 @@ STAGES = (
     ("save", "Save the model"),
     ("evaluate_baseline", "Evaluate the baseline"),
     ("evaluate_quantized", "Evaluate the quantized model"),
+    ("evaluate_fidelity", "Compare the outputs of both"),
     ("benchmark", "Benchmark both in turns"),
     ("report", "Compare and report"),
 )

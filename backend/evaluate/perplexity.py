@@ -19,12 +19,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backend.errors import CheckpointError, ConfigError, DataError, ModelError
@@ -48,7 +49,7 @@ class Windows:
         protocol: What was done to the text, for the record.
     """
 
-    tokens: torch.Tensor
+    tokens: Tensor
     first: int
     protocol: dict[str, Any]
 
@@ -81,6 +82,11 @@ def read_rows(path: Path) -> list[str]:
     if not rows:
         raise DataError(f"The evaluation text {path} has no rows.")
     return rows
+
+
+def text_digest(rows: Iterable[str]) -> str:
+    """SHA-256 of a text, as protocols state it."""
+    return hashlib.sha256("\0".join(rows).encode()).hexdigest()
 
 
 def gptq_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], max_windows: int | None = None) -> Windows:
@@ -140,6 +146,33 @@ def full_windows(
     )
 
 
+def logits_batch(model: PreTrainedModel, windows: Windows, batch_size: int) -> int:
+    """Windows per forward pass: what was asked for, lowered where their logits would not fit `LOGITS_BUDGET`."""
+    length = windows.tokens.shape[1]
+    window_bytes = length * model.config.get_text_config().vocab_size * model.dtype.itemsize
+    return max(1, min(batch_size, LOGITS_BUDGET // window_bytes))
+
+
+@torch.inference_mode()
+def scored_logits(model: PreTrainedModel, windows: Windows, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run a model over the windows, a batch at a time, and yield the logits of the positions that are scored.
+
+    Args:
+        model: A causal language model in eval mode.
+        windows: What to score.
+        batch_size: Windows per forward pass.
+
+    Yields:
+        Tokens (batch, length) and logits (batch, scored, vocab), on the model's device, in its dtype.
+    """
+    # logits of positions that are not scored are not computed where the model can leave them out
+    keep = {"logits_to_keep": windows.scored} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    for batch in windows.tokens.split(batch_size):
+        batch = batch.to(model.device)
+        output = model(input_ids=batch[:, :-1], use_cache=False, **keep)
+        yield batch, output.logits[:, -windows.scored :]
+
+
 @torch.inference_mode()
 def window_nll(
     model: PreTrainedModel, windows: Windows, *, batch_size: int = 8, on_step: Callable[[int], None] | None = None
@@ -155,16 +188,9 @@ def window_nll(
     Raises:
         CheckpointError: If a window's likelihood is not finite: the weights are broken.
     """
-    count, length = windows.tokens.shape
-    # logits of positions that are not scored are not computed where the model can leave them out
-    keep = {"logits_to_keep": windows.scored} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    window_bytes = length * model.config.get_text_config().vocab_size * model.dtype.itemsize
-    batch_size = max(1, min(batch_size, LOGITS_BUDGET // window_bytes))
+    count = len(windows.tokens)
     nll: list[float] = []
-    for start in range(0, count, batch_size):
-        batch = windows.tokens[start : start + batch_size].to(model.device)  # (batch, length)
-        output = model(input_ids=batch[:, :-1], use_cache=False, **keep)
-        logits = output.logits[:, -windows.scored :]  # (batch, scored, vocab)
+    for batch, logits in scored_logits(model, windows, logits_batch(model, windows, batch_size)):
         for row, targets in zip(logits, batch[:, windows.first + 1 :], strict=True):
             chosen = row.float().log_softmax(-1).gather(-1, targets[:, None])  # (scored, 1)
             nll.append(-chosen.double().mean().item())
@@ -226,9 +252,9 @@ def measure_perplexity(
                 value=name,
             )
     for plan in plans:
-        _check_context(model, plan)
+        check_context(model, plan)
     total = sum(len(plan.tokens) for plan in plans)
-    digest = hashlib.sha256("\0".join(rows).encode()).hexdigest()
+    digest = text_digest(rows)
     metrics: list[Metric] = []
     done = 0
     for plan in plans:
@@ -286,7 +312,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens
     return list(tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)["input_ids"])
 
 
-def _cut(ids: list[int], window: int, max_windows: int | None, protocol: str) -> tuple[torch.Tensor, int]:
+def _cut(ids: list[int], window: int, max_windows: int | None, protocol: str) -> tuple[Tensor, int]:
     """Cut token ids into whole windows; returns (windows, window) and the number of tokens left over."""
     count = len(ids) // window
     if count == 0:
@@ -298,7 +324,12 @@ def _cut(ids: list[int], window: int, max_windows: int | None, protocol: str) ->
     return torch.tensor(ids[: count * window]).view(count, window), len(ids) - count * window
 
 
-def _check_context(model: PreTrainedModel, plan: Windows) -> None:
+def check_context(model: PreTrainedModel, plan: Windows) -> None:
+    """Refuse windows that are longer than the model's context.
+
+    Raises:
+        ModelError: With both lengths.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     needed = plan.tokens.shape[1] - 1
     if context is not None and needed > context:

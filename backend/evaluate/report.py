@@ -6,28 +6,34 @@ impact, from paired data, and `interval_method` says how it was computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backend.evaluate.metrics import Metric, ProtocolError, differences, protocol_id
-from backend.evaluate.stats import (
-    Interval,
-    accuracy_interval,
-    median_difference_interval,
-    perplexity_interval,
-)
+
+if TYPE_CHECKING:
+    from backend.evaluate.stats import Interval
+    from backend.formats.bits import StoredBits
 
 Row = dict[str, Any]
 Result = Mapping[str, Any]
 
-ORDER = ("perplexity", "accuracy", "size", "tokens/s", "peak memory")
+ORDER = (
+    "perplexity", "accuracy", "KL divergence", "top-1 flips", "size", "bits per weight", "tokens/s", "peak memory",
+)  # fmt: skip
 TITLES = {
     "perplexity": "Perplexity",
     "accuracy": "Accuracy",
+    "KL divergence": "KL Divergence",
+    "top-1 flips": "Top-1 Flips",
     "size": "Model Size",
+    "bits per weight": "Bits per Weight",
     "tokens/s": "Throughput",
     "peak memory": "Peak Memory",
 }
+DISTANCES = ("KL divergence", "top-1 flips")
+"""Numbers that compare the quantized model with its base model; the base model's own is 0 by definition."""
 BYTE_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
@@ -45,12 +51,37 @@ def size_metric(weight_bytes: int) -> Metric:
     )
 
 
+def bits_metrics(baseline: StoredBits, quantized: StoredBits) -> list[tuple[Metric, Metric]]:
+    """Both models' bits per weight: of the Linears that were quantized, and of all of them where some were not."""
+    pairs = []
+    if quantized.quantized is not None:
+        pairs.append(("quantized Linears", baseline.linears, quantized.quantized))
+    if quantized.kept:
+        pairs.append(("all Linears of the layers", baseline.linears, quantized.linears))
+    return [(_bits_metric(which, before), _bits_metric(which, after)) for which, before, after in pairs]
+
+
+def _bits_metric(which: str, bits: float) -> Metric:
+    return Metric(
+        metric="bits per weight",
+        name=f"Stored bits, {which}",
+        value=bits,
+        stderr=None,
+        unit="bits",
+        higher_is_better=False,
+        protocol={"name": "bits", "summary": f"{which}: codes, scales, zeros and codebooks on disk, per weight"},
+        samples=[],
+    )
+
+
 def build_rows(
     baseline: Result,
     quantized: Result,
     *,
     baseline_bytes: int | None = None,
     quantized_bytes: int | None = None,
+    bits: tuple[StoredBits, StoredBits] | None = None,
+    fidelity: Result | None = None,
     speed: Result | None = None,
 ) -> list[Row]:
     """Put two models' results side by side.
@@ -60,6 +91,8 @@ def build_rows(
         quantized: RESULT of the worker for the quantized model, under the same request.
         baseline_bytes: Bytes of the baseline's weight files; with `quantized_bytes` adds the size row.
         quantized_bytes: Bytes of the quantized model's weight files.
+        bits: What the Linears of both models take on disk.
+        fidelity: RESULT of the comparison of both models' outputs.
         speed: RESULT of the speed benchmark.
 
     Returns:
@@ -75,10 +108,14 @@ def build_rows(
     if baseline_bytes is not None and quantized_bytes is not None:
         left.append(size_metric(baseline_bytes))
         right.append(size_metric(quantized_bytes))
+    for before, after in bits_metrics(*bits) if bits else ():
+        left.append(before)
+        right.append(after)
     reused = {id(metric) for metric in baseline["metrics"]} if baseline.get("cached") else set()
-    if speed is not None:
-        left += speed["baseline"]["metrics"]
-        right += speed["quantized"]["metrics"]
+    for pair in (fidelity, speed):
+        if pair is not None:
+            left += pair["baseline"]["metrics"]
+            right += pair["quantized"]["metrics"]
     pairs = _pair(left, right)
     rows = [_row(a, b, baseline.get("cached_at") if id(a) in reused else None) for a, b in pairs]
     return sorted(rows, key=lambda row: ORDER.index(row["metric"]) if row["metric"] in ORDER else len(ORDER))
@@ -109,12 +146,22 @@ def task_label(row: Row) -> str:
 
 def format_values(row: Row) -> tuple[str, str, str]:
     """Baseline, quantized and signed impact with as many decimals as make the impact visible."""
-    places = decimals(row)
-    return f"{row['baseline']:.{places}f}", f"{row['quantized']:.{places}f}", f"{row['impact']:+.{places}f}"
+    return (
+        format_value(row, row["baseline"]),
+        format_value(row, row["quantized"]),
+        f"{row['impact']:+.{decimals(row)}f}",
+    )
+
+
+def format_value(row: Row, value: float) -> str:
+    """A value with a row's decimals; a distance of nothing is a plain 0."""
+    return "0" if row["metric"] in DISTANCES and not value else f"{value:.{decimals(row)}f}"
 
 
 def decimals(row: Row) -> int:
-    """How many decimals make a row's impact visible."""
+    """How many decimals make a row's impact visible; of a divergence, three digits that count."""
+    if row["metric"] == "KL divergence":
+        return min(8, max(2, 2 - math.floor(math.log10(row["impact"])))) if row["impact"] else 2
     places = 1 if row["metric"] == "tokens/s" else 2
     while places < 5 and row["impact"] and abs(row["impact"]) < 5 * 10.0**-places:
         places += 1
@@ -165,12 +212,22 @@ def _row(baseline: Metric, quantized: Metric, cached_at: str | None) -> Row:
 
 def _interval(baseline: Metric, quantized: Metric) -> tuple[Interval | None, str]:
     """95 % interval of quantized minus baseline, and its method."""
+    # Here, since it imports numpy: a runner, which needs this once at its end, would start 0.07 s later.
+    from backend.evaluate.stats import (
+        accuracy_interval,
+        distance_interval,
+        median_difference_interval,
+        perplexity_interval,
+    )
+
     a, b = baseline["samples"], quantized["samples"]
     if not a or len(a) != len(b):
         return None, ""
     if baseline["metric"] == "perplexity":
         running = baseline["protocol"]["statistic"] != "corpus"
         return perplexity_interval(a, b, running=running), f"delta method over {len(a)} paired windows"
+    if baseline["metric"] in DISTANCES:
+        return distance_interval(a, b), f"Student's t over {len(a)} windows"
     if baseline["metric"] == "tokens/s":
         return median_difference_interval(a, b), f"bootstrap of the medians of {len(a)} paired repetitions"
     return accuracy_interval(a, b), f"{len(a)} paired questions (Bonett and Price 2012 for right/wrong scores)"

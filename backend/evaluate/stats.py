@@ -101,6 +101,26 @@ def perplexity_interval(baseline: Sequence[float], quantized: Sequence[float], *
     return difference - margin, difference + margin
 
 
+def mean_stderr(samples: Sequence[float]) -> float | None:
+    """Standard error of the mean of a number per window; None below `MIN_WINDOWS` windows."""
+    values = np.asarray(samples, dtype=np.float64)
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) >= MIN_WINDOWS else None
+
+
+def distance_interval(baseline: Sequence[float], quantized: Sequence[float]) -> Interval | None:
+    """95 % interval of the mean difference of a number per window that is never below the baseline's.
+
+    Student's t of the differences, cut at 0. None below `MIN_WINDOWS` windows, and where all differences are equal:
+    without any spread nothing is known of it.
+    """
+    difference = np.asarray(quantized, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    stderr = mean_stderr(difference.tolist())
+    if not stderr:
+        return None
+    mean, margin = float(difference.mean()), t95(len(difference) - 1) * stderr
+    return max(0.0, mean - margin), mean + margin
+
+
 def accuracy_interval(baseline: Sequence[float], quantized: Sequence[float]) -> Interval | None:
     """95 % interval of the difference of two mean scores of the same questions.
 

@@ -15,6 +15,7 @@ from backend.jobs.run import Run
 from backend.sources.plan import evaluation_tasks
 
 WORKER = "backend.evaluate.worker"
+FIDELITY = "backend.evaluate.fidelity"
 SPEED = "backend.evaluate.speed"
 
 
@@ -104,6 +105,38 @@ def _quantized_key(run: Run, configuration: Configuration) -> str:
     return cache.evaluation_key(_quantized_request(run, configuration))
 
 
+def _fidelity_request(run: Run, configuration: Configuration) -> dict[str, Any]:
+    settings, inputs = run.config.EVALUATION, run.stage_result("download")
+    request = {
+        "baseline_dir": inputs["model_dir"],
+        "quantized_dir": str(run.target(configuration)),
+        "base": {"name": run.job.model, "sha256": cache.model_fingerprint(Path(inputs["model_dir"]))},
+        "device": torch_device(run.job.device),
+        "dtype": None,
+        "text_file": inputs["text_file"],
+        "text_name": inputs["text_name"],
+        "window": settings.WINDOW,
+        "max_windows": settings.MAX_WINDOWS,
+        "windows": settings.FIDELITY_WINDOWS,
+        "batch_size": settings.BATCH_SIZE,
+        "spool_dir": str(run.run_dir),
+        "stage": "evaluate_fidelity",
+    }
+    return _named(run, request, configuration)
+
+
+def _fidelity(run: Run, configuration: Configuration) -> Command:
+    name = file_name("evaluate_fidelity", configuration)
+    return run.program(name, FIDELITY, _fidelity_request(run, configuration))
+
+
+def _fidelity_key(run: Run, configuration: Configuration) -> str:
+    request = _fidelity_request(run, configuration)
+    models = [request["base"]["sha256"], cache.model_fingerprint(Path(request["quantized_dir"]))]
+    text = cache.file_digest(Path(request["text_file"]))
+    return cache.digest([request, models, text, versions("torch", "transformers", "tokenizers")])
+
+
 def _benchmark_request(run: Run, configuration: Configuration) -> dict[str, Any]:
     settings = run.config.BENCHMARK
     request = {
@@ -132,5 +165,6 @@ def _benchmark_key(run: Run, configuration: Configuration) -> str:
 
 PROGRAMS = {
     "evaluate_quantized": (_evaluate_quantized, _quantized_key),
+    "evaluate_fidelity": (_fidelity, _fidelity_key),
     "benchmark": (_benchmark, _benchmark_key),
 }

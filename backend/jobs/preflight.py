@@ -126,7 +126,7 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
     if config.EVALUATION.ENABLED:
         attempt("EVALUATION.TASKS", lambda: check_tasks([t.NAME for t in evaluation_tasks(config)]))
         evaluation = attempt("EVALUATION.DATASET_NAME", lambda: evaluation_source(config))
-        if evaluation is not None and config.EVALUATION.PROTOCOLS and evaluation.is_local:
+        if evaluation is not None and config.EVALUATION.needs_text and evaluation.is_local:
             attempt("EVALUATION.DATASET_NAME", lambda: check_rows(evaluation))
     if problems:
         raise ConfigErrors(problems)

@@ -18,11 +18,12 @@ from typing import Any
 
 from backend.engines.configurations import Configuration
 from backend.engines.registry import Engine, engine_for
-from backend.errors import JobError
+from backend.errors import CheckpointError, JobError
 from backend.evaluate.cache import digest, file_digest, model_fingerprint
 from backend.evaluate.metrics import versions
 from backend.evaluate.report import build_rows, format_table
 from backend.files import write_json
+from backend.formats.bits import StoredBits, measured_bits
 from backend.formats.size import weight_bytes
 from backend.jobs import measure
 from backend.jobs.devices import describe_device, torch_device
@@ -101,6 +102,8 @@ def stages_of(run: Run) -> list[Stage]:
             )
         )  # fmt: skip
         stages += [_measured(run, c, "evaluate_quantized", "Evaluate quantized") for c in each]
+    if run.config.EVALUATION.compares_outputs:
+        stages += [_measured(run, c, "evaluate_fidelity", "Compare outputs") for c in each]
     if run.config.BENCHMARK.ENABLED:
         stages += [_measured(run, c, "benchmark", "Benchmark") for c in each]
     return [*stages, Stage("report", "Report", finish=_report)]
@@ -296,6 +299,8 @@ def _report(run: Run) -> None:
             evaluation or nothing,
             baseline_bytes=baseline_bytes,
             quantized_bytes=entry["bytes"],
+            bits=_stored_bits(run.result["model_dir"], entry["artefact"]),
+            fidelity=measure.result_of(run, "evaluate_fidelity", configuration),
             speed=measure.result_of(run, "benchmark", configuration),
         )
         entry.update(
@@ -304,3 +309,13 @@ def _report(run: Run) -> None:
     first = run.entry(run.configurations[0])
     run.result.update(rows=first["rows"], table=first["table"], timings=run.timings, peak_rss_bytes=run.peak_rss_bytes)
     write_json(run.run_dir / "report.json", run.result)
+
+
+def _stored_bits(*folders: str) -> tuple[StoredBits, StoredBits] | None:
+    """The bits that baseline and quantized model take; None, with a note in the log, where they cannot be counted."""
+    try:
+        before, after = map(measured_bits, folders)
+    except CheckpointError as error:
+        log.warning("bits per weight are not told: %s", error.message)
+        return None
+    return before, after

@@ -173,7 +173,7 @@ class EvaluationSettings(BaseModel):
         ge=32,
         le=131072,
         advanced=True,
-        help="Window of the full_window protocol. gptq_wikitext always uses 512.",
+        help="Window of the full_window protocol and of the comparison of outputs. gptq_wikitext always uses 512.",
     )
     MAX_WINDOWS: StrictInt | None = setting(
         None,
@@ -181,7 +181,7 @@ class EvaluationSettings(BaseModel):
         section="Evaluation",
         unit="windows",
         ge=2,
-        help="Score only the first windows of the text; empty for all of it.",
+        help="Read only the first windows of the text; empty for all of it.",
     )
     TASKS: list[TaskSettings] | None = setting(
         None,
@@ -189,6 +189,24 @@ class EvaluationSettings(BaseModel):
         section="Evaluation",
         help="lm-eval tasks as name:shots[:limit], e.g. arc_challenge:25. Empty: the demo task for the demo model, "
         "otherwise the guide's arc_challenge:25. [] for none.",
+    )
+    FIDELITY: StrictBool = setting(
+        True,
+        label="Compare outputs",
+        section="Evaluation",
+        help="Measure how far the quantized model's predictions are from the baseline's on the perplexity text: mean KL "
+        "divergence per token, and the share of tokens whose most likely successor changes.",
+    )
+    FIDELITY_WINDOWS: StrictInt = setting(
+        64,
+        label="Windows to compare",
+        section="Evaluation",
+        unit="windows",
+        ge=2,
+        le=65536,
+        advanced=True,
+        help="Windows of WINDOW tokens, evenly spread over the text, on which outputs are compared. 8 and more give an "
+        "interval.",
     )
     BATCH_SIZE: StrictInt = setting(
         8,
@@ -200,6 +218,16 @@ class EvaluationSettings(BaseModel):
         advanced=True,
         help="Sequences per forward pass while evaluating.",
     )
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether KL divergence and flips are measured."""
+        return self.ENABLED and self.FIDELITY
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether anything is measured on the perplexity text."""
+        return self.ENABLED and bool(self.PROTOCOLS or self.FIDELITY)
 
     @field_validator("TASKS", mode="before")
     @classmethod

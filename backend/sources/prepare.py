@@ -169,7 +169,7 @@ def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     tokens_file = _save_tokens(sequences, out / "calibration.safetensors")
 
     text_file = text_name = None
-    if config.EVALUATION.ENABLED and config.EVALUATION.PROTOCOLS:
+    if config.EVALUATION.needs_text:
         evaluation = evaluation_source(config)
         events.note(stage="download", message=f"evaluation text {evaluation.label}")
         text_file, text_name = out / "evaluation.jsonl", evaluation.label

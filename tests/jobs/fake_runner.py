@@ -9,21 +9,21 @@ from pathlib import Path
 
 from backend.engines.configurations import Configuration
 from backend.engines.registry import Engine
-from backend.jobs import measure, runner, stages
+from backend.jobs import measure, one_program, runner, stages
 from tests.jobs.fake_scheduler import use_fakes
 
 MODULE = "tests.jobs.fake"
 ENGINE = Engine(name="fake", algorithms=(), module=MODULE, requires=(), environment=None, about="")
 
 
-def configurations(config):
+def configurations(config, device):
     found = json.loads((Path(sys.argv[1]) / "fake.json").read_text())["configurations"]
     return [Configuration(c["name"], c["name"].upper(), "fake", {**c, "label": c["name"].upper()}) for c in found]
 
 
 if __name__ == "__main__":
     use_fakes()
-    stages.PREPARE = measure.WORKER = measure.SPEED = MODULE
-    stages.engine_for = lambda config: ENGINE
+    stages.PREPARE = measure.WORKER = measure.FIDELITY = measure.SPEED = MODULE
+    one_program.engine_for = lambda config: ENGINE
     runner.configurations = configurations
     runner.main()

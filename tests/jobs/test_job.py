@@ -94,13 +94,14 @@ def test_the_result_object_has_every_number(done):
     assert result["state"] == "succeeded" and result["job_id"] == "first"
     metrics = {row["metric"] for row in result["rows"]}
     assert {"perplexity", "accuracy", "size", "tokens/s", "peak memory"} <= metrics
+    assert {"KL divergence", "top-1 flips", "bits per weight"} <= metrics
     protocols = " ".join(row["protocol"] for row in result["rows"] if row["metric"] == "perplexity")
     assert "gptq_wikitext" in protocols and "full_window" in protocols
     for row in result["rows"]:
         assert row["impact"] == pytest.approx(row["quantized"] - row["baseline"])
         assert row["interval"] is None or row["interval"][0] <= row["impact"] <= row["interval"][1]
     stages = {"download", "calibrate", "quantize", "save", "evaluate_baseline", "evaluate_quantized", "benchmark"}
-    assert stages <= set(result["timings"])
+    assert stages | {"evaluate_fidelity"} <= set(result["timings"])
     assert all(t["wall_s"] >= 0 and t["cpu_s"] >= 0 for t in result["timings"].values())
     assert result["peak_rss_bytes"] > 50e6
     (only,) = result["results"]
@@ -128,6 +129,17 @@ def test_the_size_row_is_what_lies_on_disk_and_what_was_predicted(done):
     assert row["quantized"] * scale == pytest.approx(weight_bytes(Path(result["artefact"])))
     checked = cli(home, "validate", "examples/autoawq_demo.yaml")
     assert f"{weight_bytes(Path(result['artefact'])) / 1e6:.1f} MB" in checked.stdout
+
+
+def test_the_distance_from_the_base_model_and_the_stored_bits_are_told(done):
+    home, result, _ = done
+    rows = {row["metric"]: row for row in result["rows"]}
+    divergence, flips, bits = (rows[metric] for metric in ("KL divergence", "top-1 flips", "bits per weight"))
+    assert divergence["baseline"] == flips["baseline"] == 0
+    assert 1e-4 < divergence["quantized"] < 0.1 and 0.1 < flips["quantized"] < 30
+    assert "base quantdeck/demo" in divergence["protocol"] and "4 of 4 windows of 512" in divergence["protocol"]
+    assert bits["baseline"] == 16 and bits["quantized"] == pytest.approx(4 + 16 / 128 + 4 / 128)
+    assert (divergence["unit"], flips["unit"], bits["unit"]) == ("nats/token", "%", "bits")
 
 
 def test_a_changed_file_is_noticed(done, tmp_path):
@@ -195,7 +207,7 @@ def test_gemv_and_group_32_run_too(home):
     job = control.submit(home, text)
     job = until(home, job.uid, lambda j: not j.is_active)
     assert job.state == "succeeded", job.reason
-    assert {r["metric"] for r in job.result["rows"]} == {"size", "tokens/s", "peak memory"}
+    assert {r["metric"] for r in job.result["rows"]} == {"size", "bits per weight", "tokens/s", "peak memory"}
 
 
 def slow_text(job_id, **more):
