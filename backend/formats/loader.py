@@ -25,7 +25,11 @@ from backend.formats.stored_linears import StoredLinears, quantization_of, store
 
 
 def load_model(
-    model_dir: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    model_dir: Path | str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    packed_codes: bool = False,
 ) -> PreTrainedModel:
     """Load a model folder; its config.json says whether and how its Linears are packed.
 
@@ -36,6 +40,8 @@ def load_model(
         model_dir: Folder with config.json and safetensors.
         device: Where to put the model.
         dtype: Type to compute in; bfloat16 if None.
+        packed_codes: Keep AQLM's codes packed on the CPU even where dequantising them once is faster: takes the least
+            memory.
 
     Raises:
         ModelError: If the configuration or its quantization is not supported.
@@ -58,7 +64,8 @@ def load_model(
         linears = {stored.removesuffix(".weight"): name for name, stored in places.stored.items()}
         for prefix in sorted(prefixes):
             assert packed is not None
-            _place_packed(model, linears.get(prefix), prefix, reader, state, packed, dtype, device)
+            place = linears.get(prefix)
+            _place_packed(model, place, prefix, reader, state, packed, dtype, device, packed_codes)
         if places.missing:
             name = places.missing[0]
             raise CheckpointError(f"{folder}: tensor {name} of {type(model).__name__} is in none of its files.")
@@ -162,6 +169,7 @@ def _place_packed(
     packed: StoredLinears,
     dtype: torch.dtype,
     device: torch.device,
+    packed_codes: bool,
 ) -> None:
     """Put the packed Linear that the files call `prefix` where the module tree has `name`."""
     missing = [part for part in packed.required if f"{prefix}.{part}" not in reader.unread]
@@ -186,7 +194,7 @@ def _place_packed(
                 f"{prefix}.bias has shape {tuple(bias.shape)}; the weight has {weight.shape[0]} rows."
             )
     if isinstance(weight, AdditiveWeight):
-        linear = additive_linear(weight, bias, dtype=dtype, device=device)
+        linear = additive_linear(weight, bias, dtype=dtype, device=device, packed=packed_codes)
     else:
         linear = packed_linear(weight, bias, dtype=dtype, device=device)
     model.set_submodule(module, linear if order is None else PermutedLinear(linear, order))
