@@ -14,6 +14,7 @@ from backend.engines import environments
 from backend.engines.registry import ENGINES
 from backend.errors import ConfigError
 from backend.jobs import doctor
+from backend.jobs.doctor_findings import report
 from backend.jobs.store import JobStore
 from backend.paths import Home
 
@@ -24,7 +25,7 @@ def examine(args: argparse.Namespace, home: Home) -> int:
     if args.json:
         print_json([finding.as_dict() for finding in findings])
     else:
-        print(doctor.report(findings))
+        print(report(findings))
     return 0 if all(finding.ok for finding in findings) else 1
 
 

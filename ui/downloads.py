@@ -18,7 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from backend.errors import QuantdeckError
 from backend.evaluate.compare import RENDERERS, comparison_rows
-from backend.jobs import control, logtail
+from backend.jobs import control
+from backend.jobs.logs import files
 from backend.jobs.results import results_of
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
@@ -73,11 +74,11 @@ def add_downloads(app: FastAPI, home: Home) -> None:
             path = control.log_path(home, job.uid)
         except QuantdeckError:
             return _missing()
-        found = logtail.parts(path)
+        found = files.parts(path)
         if not found or any(part.is_symlink() for part in found):
             return _missing()
         return StreamingResponse(
-            logtail.read_all(path), media_type="text/plain; charset=utf-8", headers=attachment(f"{job.job_id}.log")
+            files.read_all(path), media_type="text/plain; charset=utf-8", headers=attachment(f"{job.job_id}.log")
         )
 
     @app.get("/download/{uid}.{kind}")

@@ -14,7 +14,9 @@ from threading import BoundedSemaphore
 from typing import Any
 
 from backend.errors import QuantdeckError
-from backend.jobs import control, logtail
+from backend.jobs import control
+from backend.jobs.logs import search
+from backend.jobs.logs.tail import tail
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from ui.layout import esc, plain
@@ -81,7 +83,7 @@ def log_after(home: Home, asked: Any) -> Answer:
         with briefly():
             job = JobStore(home).get(uid)
             path = _log_path(home, job.uid)
-        lines, after = logtail.tail(path, cursor or None)
+        lines, after = tail(path, cursor or None)
     except QuantdeckError as error:
         return {"error": plain(error.message)}
     except OSError as error:
@@ -115,7 +117,7 @@ def found_in(home: Home, asked: Any) -> Answer:
         if not _searches.acquire(blocking=False):
             return {"error": "other searches are running; try again in a moment"}
         try:
-            found = logtail.find(path, text.strip()[:MAX_TEXT], limit=MAX_FOUND)
+            found = search.find(path, text.strip()[:MAX_TEXT], limit=MAX_FOUND)
         finally:
             _searches.release()
     except QuantdeckError as error:

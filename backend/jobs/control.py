@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import JobError
-from backend.jobs import launch, logtail
+from backend.jobs import launch
 from backend.jobs.events import read_events
+from backend.jobs.logs.tail import tail
 from backend.jobs.preflight import check_job
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
@@ -103,7 +104,7 @@ def tail_log(home: Home, uid: str, cursor: str | None = None) -> tuple[list[str]
     Returns:
         The lines and the cursor for the next call.
     """
-    return logtail.tail(log_path(home, uid), cursor)
+    return tail(log_path(home, uid), cursor)
 
 
 def events(home: Home, uid: str, cursor: int = 0) -> tuple[list[dict[str, Any]], int]:

@@ -15,7 +15,8 @@ from backend.disk import NEARLY_FULL, NO_SPACE_EXIT, DiskFullError, free_bytes
 from backend.engines.environments import environment_variables, own_variables
 from backend.formats import remote_code
 from backend.jobs.events import end_torn_line, read_events
-from backend.jobs.logs import LogPump, LogWriter
+from backend.jobs.logs.pump import LogPump
+from backend.jobs.logs.writer import LogWriter
 from backend.jobs.outcomes import StageError, classify, memory_kills
 from backend.jobs.redact import redact
 from backend.paths import PROJECT

@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,10 +27,12 @@ from backend.engines.configurations import configurations
 from backend.errors import JobError, QuantdeckError
 from backend.files import write_json
 from backend.jobs.devices import device_environment
+from backend.jobs.heart import Cancelled, Heart, ShutDown, Stopped, Superseded
 from backend.jobs.launch import watch
-from backend.jobs.logs import LogHandler, LogWriter
+from backend.jobs.logs.writer import LogHandler, LogWriter
 from backend.jobs.outcomes import HaltError, Outcome, outcome_of
 from backend.jobs.program import Watch, run_program
+from backend.jobs.progress import Progress
 from backend.jobs.redact import redact
 from backend.jobs.run import Cost, Run
 from backend.jobs.stages import Stage, stages_of
@@ -42,61 +43,13 @@ from backend.process import JOB_VARIABLE, adopt_orphans, end_leftovers, failpoin
 from backend.schema import parse_yaml
 from backend.settings import Settings
 
-STORE_EVERY_S = 1.0
-BEAT_EVERY_S = 2.0
+CHECK_EVERY_S = 1.0
 DISK_EVERY_S = 5.0
 STORE_PATIENCE_S = 600.0
 SHUTDOWN_GRACE_S = (10.0, 5.0)
 
 log = logging.getLogger("quantdeck.runner")
 T = TypeVar("T")
-
-
-class Stopped(Exception):  # noqa: N818 - not an error, and never caught as one
-    """The runner is to end its programs. What is to be stored then, the subclass tells."""
-
-
-class Cancelled(Stopped):
-    """Somebody cancelled the job."""
-
-
-class Superseded(Stopped):
-    """Another attempt at the job has begun, or the job is gone: nothing may be stored."""
-
-
-class ShutDown(Stopped):
-    """The runner itself was asked to end, as when the machine is shut down: the job is to go on later."""
-
-
-class Heart(threading.Thread):
-    """Counts up the heartbeat of an attempt, and notices when it no longer is the job's own.
-
-    Args:
-        store: The job store.
-        job: The job with the attempt to beat for.
-    """
-
-    def __init__(self, store: JobStore, job: Job) -> None:
-        super().__init__(name="heart", daemon=True)
-        self.superseded = threading.Event()
-        self._store = store
-        self._job = job
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        """Beat until the end."""
-        while not self._ended.is_set():
-            try:
-                if not self._store.beat(self._job.uid, self._job.attempt):
-                    self.superseded.set()
-                    return
-            except Exception:  # a busy or unreadable store: the held lock still proves the life
-                log.debug("no heartbeat", exc_info=True)
-            self._ended.wait(BEAT_EVERY_S)
-
-    def end(self) -> None:
-        """Beat no more."""
-        self._ended.set()
 
 
 class Runner:
@@ -120,12 +73,10 @@ class Runner:
         self.ballast = Ballast(self.run_dir / "ballast")
         self.heart = Heart(self.store, job)
         self._began = time.monotonic()
-        self._stored_at = self._checked_at = self._disk_at = float("-inf")
+        self.progress = Progress(self.store, job)
+        self._checked_at = self._disk_at = float("-inf")
         self.shut_down = False
         self._ending = ""
-        self._unstored: dict[str, Any] = {}
-        self._shown: dict[str, Any] = {}
-        self._first_steps: dict[tuple[str, str], tuple[int, float]] = {}
 
     def run(self) -> None:
         """Run every stage and store the outcome."""
@@ -257,7 +208,7 @@ class Runner:
                 if time.monotonic() >= deadline:
                     raise
                 log.warning("%s; trying again", error.message)
-            time.sleep(STORE_EVERY_S)
+            time.sleep(CHECK_EVERY_S)
 
     def _check_stopped(self) -> None:
         """Raise if the job is not to go on."""
@@ -286,7 +237,7 @@ class Runner:
         named = run.several and stage.configuration is not None
         run.stage = f"{stage.label} ({stage.configuration.name})" if named and stage.configuration else stage.label
         where = {"configuration": stage.configuration.name} if named and stage.configuration else {}
-        self._progress({"stage": stage.name, "step": 0, "total": 0, "message": "", **where}, force=True)
+        self.progress.show({"stage": stage.name, "step": 0, "total": 0, "message": "", **where}, force=True)
         began, before = time.perf_counter(), time.process_time()
         key = stage.key(run) if stage.key else None
         cost = run.kept(stage.file, key, of_any_key=run.keeps_models and stage.makes_models) if key else None
@@ -316,8 +267,8 @@ class Runner:
             command = replace(command, code_modules=code_modules(self.home, self.job))
             log.info("stage %s: %s", run.stage, command.module)
             watch = Watch(
-                on_event=self._follow, on_poll=self._on_poll, on_signal=self._tell_signal, on_stuck=self._tell_stuck,
-                grace_s=self._grace_s, writes=partial(stage.writes, run),
+                on_event=self.progress.follow, on_poll=self._on_poll, on_signal=self._tell_signal,
+                on_stuck=self._tell_stuck, grace_s=self._grace_s, writes=partial(stage.writes, run),
             )  # fmt: skip
             usage = run_program(
                 command, device=self._devices(), events_file=self.run_dir / "events.jsonl", log=self.output, watch=watch
@@ -352,21 +303,17 @@ class Runner:
         """Show which signal is sent to end the program."""
         log.info("ending the program: %s", name)
         what = "killed" if name == "SIGKILL" else "asked to stop"
-        self._tell(f"{self._ending}: {what} ({name})")
+        self.progress.tell(f"{self._ending}: {what} ({name})")
 
     def _tell_stuck(self, pids: list[int]) -> None:
         """Show which processes the kernel cannot end, as in the middle of a driver's call."""
         log.error("processes %s do not end; the job keeps its devices until they do", pids)
-        self._tell(f"waiting for processes {', '.join(map(str, pids))}, which the kernel cannot end yet")
-
-    def _tell(self, message: str) -> None:
-        with contextlib.suppress(JobError):
-            self._progress({**self._shown, "eta_s": None, "message": message}, force=True)
+        self.progress.tell(f"waiting for processes {', '.join(map(str, pids))}, which the kernel cannot end yet")
 
     def _on_poll(self) -> None:
-        self._store_progress()
+        self.progress.store()
         now = time.monotonic()
-        if self.shut_down or self.heart.superseded.is_set() or now - self._checked_at >= STORE_EVERY_S:
+        if self.shut_down or self.heart.superseded.is_set() or now - self._checked_at >= CHECK_EVERY_S:
             self._checked_at = now
             self._check_stopped()
         if now - self._disk_at >= DISK_EVERY_S:
@@ -379,50 +326,6 @@ class Runner:
                     "on where it stopped",
                     "disk_full",
                 )
-
-    def _follow(self, event: dict[str, Any]) -> None:
-        if "stage" not in event:
-            return
-        about = event.get("configuration") or ""
-        step, total = event.get("step") or 0, event.get("total") or 0
-        progress = {
-            "stage": event["stage"],
-            "step": step,
-            "total": total,
-            "eta_s": self._eta((event["stage"], about), step, total, event["t"]),
-            "message": redact(str(event.get("message") or event.get("layer") or "")),
-            **({"configuration": about} if about else {}),
-        }
-        self._progress(progress, force=step == total)
-
-    def _eta(self, stage: tuple[str, str], step: int, total: int, at: float) -> float | None:
-        """Seconds left in a stage of a configuration.
-
-        It is judged from the pace since the first step: the loading before that says nothing about steps.
-        """
-        if not step:
-            return None
-        first_step, first_at = self._first_steps.setdefault(stage, (step, at))
-        if step <= first_step or at < first_at:  # the clock was set back
-            return None
-        return round((at - first_at) / (step - first_step) * (total - step), 1)
-
-    def _progress(self, progress: dict[str, Any], *, force: bool) -> None:
-        self._unstored = self._shown = progress
-        self._store_progress(force=force)
-
-    def _store_progress(self, *, force: bool = False) -> None:
-        """Store the latest progress, about once a second: the last of a burst of events must not be lost."""
-        if self._unstored and (force or time.monotonic() - self._stored_at >= STORE_EVERY_S):
-            self._stored_at = time.monotonic()
-            try:
-                self.store.update(self.job.uid, self.job.attempt, progress=self._unstored)
-            except JobError as error:
-                if is_disk_full(error):
-                    raise DiskFullError(self.home.jobs_db) from error
-                log.warning("progress was not stored: %s", error.message)
-                return
-            self._unstored = {}
 
 
 def _is_intact(stage: Stage, run: Run) -> bool:

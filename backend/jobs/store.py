@@ -16,7 +16,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +24,16 @@ from typing import TYPE_CHECKING, Any
 from backend.errors import ConfigError, ConfigErrors, JobError
 from backend.jobs import database
 from backend.jobs.database import Connection, StoreBusyError
+from backend.jobs.job import Job
+from backend.jobs.reads import JobReader
 from backend.jobs.redact import redact
-from backend.jobs.states import ACTIVE, FINAL, MOVES, STARTED, State, sources_of
-from backend.paths import Home
+from backend.jobs.states import FINAL, MOVES, STARTED, State, sources_of
 from backend.process import boot_id, start_ticks
 
 if TYPE_CHECKING:
     from backend.schema import JobConfig
 
-__all__ = ["Instance", "Job", "JobStore", "Lease", "StoreBusyError"]
+__all__ = ["Job", "JobStore", "StoreBusyError"]
 
 REDO = ("", "measure")
 
@@ -52,87 +53,7 @@ def new_uid(after: str = "") -> str:
     return f"{max(time.time_ns() // 1_000_000, earliest):012x}{secrets.token_hex(5)}"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One row of `jobs`.
-
-    Attributes:
-        uid: Id made by the store; sorts by creation.
-        job_id: The YAML's JOB_ID.
-        folder: Where the artefact is published, relative to the home.
-        device: `cpu`, `cuda:N` or `cuda:N,M`, decided when the job was created.
-        state: One of `backend.jobs.states`.
-        attempt: 1, and one more each time it was queued again.
-        reason: Why it waits, failed or was cancelled; None otherwise.
-        progress: `stage`, `step`, `total`, `eta_s`, `message`, `configuration` of the present stage.
-        result: Rows, timings and the like once measured; see `backend.jobs.results`.
-        artefact: Absolute path of the published model (of several: the first one's), None until it is.
-        priority: Jobs of a higher one start first.
-        max_attempts: How often it is started at most before somebody has to resume it.
-        time_limit_s: Seconds an attempt may run, None without a limit.
-        outcome: How the last attempt ended, one of the codes of `backend.jobs.outcomes`, or None.
-        heartbeat: Counts up while the runner is well.
-        stalled: True if the heartbeat stands still although the runner lives.
-        redo: `measure` if what was measured before is to be measured again, else empty.
-    """
-
-    uid: str
-    job_id: str
-    folder: str
-    model: str
-    algorithm: str
-    device: str
-    state: State
-    reason: str | None
-    attempt: int
-    config_yaml: str
-    artefact: str | None
-    created_at: str
-    started_at: str | None
-    finished_at: str | None
-    progress: dict[str, Any] = field(default_factory=dict)
-    result: dict[str, Any] | None = None
-    priority: int = 0
-    max_attempts: int = 3
-    time_limit_s: float | None = None
-    outcome: str | None = None
-    heartbeat: int = 0
-    stalled: bool = False
-    redo: str = ""
-
-    @property
-    def is_active(self) -> bool:
-        """True until the job has reached a final state."""
-        return self.state in ACTIVE
-
-
-@dataclass(frozen=True)
-class Lease:
-    """A resource in use: `cpu:<slot>` or `gpu:<UUID>`, and the attempt that holds it."""
-
-    resource: str
-    uid: str
-    attempt: int
-    at: str
-
-
-@dataclass(frozen=True)
-class Instance:
-    """A dashboard or a scheduler that works on this home; `started` are the clock ticks of /proc/<pid>/stat."""
-
-    id: int
-    kind: str
-    host: str
-    pid: int
-    started: int
-    boot_id: str
-    at: str
-
-
-LIGHT = ", ".join(name for name in Job.__dataclass_fields__ if name not in ("config_yaml", "result"))
-
-
-class JobStore:
+class JobStore(JobReader):
     """Reads and changes `jobs.db` of one home.
 
     Example:
@@ -145,15 +66,6 @@ class JobStore:
         JobError: If the database cannot be used; `StoreBusyError` if only just now.
     """
 
-    def __init__(self, home: Home) -> None:
-        self.home = home
-        database.prepare(home)
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[Connection]:
-        with database.opened(self.home) as db:
-            yield db
-
     @contextlib.contextmanager
     def _write(self) -> Iterator[Connection]:
         """One write transaction; it takes the lock at its start, so it never fails half-way on a busy database."""
@@ -165,14 +77,6 @@ class JobStore:
             except BaseException:
                 db.roll_back()
                 raise
-
-    @staticmethod
-    def _job(row: dict[str, Any]) -> Job:
-        row["progress"] = json.loads(row["progress"])
-        row["result"] = json.loads(row["result"]) if row.get("result") else None
-        row["stalled"] = bool(row["stalled"])
-        row.setdefault("config_yaml", "")
-        return Job(**row)
 
     def _find(self, db: Connection, uid: str, attempt: int) -> Job | None:
         """The job if this still is its attempt."""
@@ -249,70 +153,6 @@ class JobStore:
             if not folder.exists() and not db.query("SELECT 1 FROM jobs WHERE folder = ?", [relative]):
                 return config.JOB_ID
             return self._free_name(db, config)
-
-    def get(self, uid: str) -> Job:
-        """The job with this uid, or with this JOB_ID (the newest of that name).
-
-        Raises:
-            JobError: If there is none.
-        """
-        with self._open() as db:
-            rows = db.query("SELECT * FROM jobs WHERE uid = :id OR job_id = :id ORDER BY uid DESC LIMIT 1", {"id": uid})
-        if not rows:
-            raise JobError(f"there is no job {uid!r}; `python -m backend jobs` lists them")
-        return self._job(rows[0])
-
-    def jobs(self, *, states: Sequence[State] = (), limit: int = 1000, offset: int = 0, search: str = "") -> list[Job]:
-        """The newest jobs first.
-
-        Args:
-            states: Only jobs in one of these; all if empty.
-            limit: At most so many.
-            offset: So many of the newest are left out.
-            search: Only jobs with this text in name, model, algorithm or uid, in capital or small letters.
-        """
-        return self._list("*", states, limit, offset, search)
-
-    def summaries(
-        self, *, states: Sequence[State] = (), limit: int = 1000, offset: int = 0, search: str = ""
-    ) -> list[Job]:
-        """`jobs` without their files and results (`config_yaml` is empty, `result` None), for long lists."""
-        return self._list(LIGHT, states, limit, offset, search)
-
-    def _list(self, columns: str, states: Sequence[State], limit: int, offset: int, search: str) -> list[Job]:
-        where, values = _where(states, search)
-        query = f"SELECT {columns} FROM jobs {where} ORDER BY uid DESC LIMIT ? OFFSET ?"
-        with self._open() as db:
-            rows = db.query(query, [*values, limit, offset])
-        return [self._job(row) for row in rows]
-
-    def count(self, states: Sequence[State] = (), search: str = "") -> int:
-        """How many jobs `jobs` would list without a limit."""
-        where, values = _where(states, search)
-        with self._open() as db:
-            return int(db.execute(f"SELECT count(*) FROM jobs {where}", values).fetchone()[0])
-
-    def counts(self) -> dict[str, int]:
-        """How many jobs are in each state; states without any are left out."""
-        with self._open() as db:
-            return dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
-
-    def history(self, uid: str) -> list[dict[str, Any]]:
-        """The job's changes of state, oldest first."""
-        with self._open() as db:
-            return db.query("SELECT * FROM job_events WHERE uid = ? ORDER BY id", [uid])
-
-    def deaths(self, uid: str) -> int:
-        """How often the job was lost since a user last queued it."""
-        with self._open() as db:
-            return int(
-                db.execute(
-                    "SELECT count(*) FROM job_events WHERE uid = :uid AND to_state = 'lost' AND id > coalesce("
-                    "(SELECT max(id) FROM job_events WHERE uid = :uid AND to_state = 'queued' "
-                    "AND (from_state IS NULL OR from_state != 'lost')), 0)",
-                    {"uid": uid},
-                ).fetchone()[0]
-            )
 
     def move(
         self,
@@ -457,11 +297,6 @@ class JobStore:
         with self._write() as db:
             db.execute("UPDATE jobs SET stalled = ? WHERE uid = ? AND attempt = ?", [int(stalled), uid, attempt])
 
-    def leases(self) -> list[Lease]:
-        """The resources in use."""
-        with self._open() as db:
-            return [Lease(**row) for row in db.query("SELECT * FROM leases ORDER BY resource")]
-
     def update(self, uid: str, attempt: int, **columns: Any) -> bool:
         """Store `progress` (dict), `result` (dict) or `artefact` (path) of a running attempt.
 
@@ -505,68 +340,6 @@ class JobStore:
         with self._write() as db:
             db.execute("DELETE FROM instances WHERE id = ?", [number])
 
-    def instances(self) -> list[Instance]:
-        """The dashboards and schedulers that were noted; one that was killed stays until the next comes."""
-        with self._open() as db:
-            return [Instance(**row) for row in db.query("SELECT * FROM instances ORDER BY id")]
-
-    def journal(self) -> str:
-        """The journal that this SQLite and this file system call for: `wal` or `delete`."""
-        return database.journal_for(self.home.root)
-
     def backup(self, target: Path) -> None:
         """Copy the database to a file that does not exist yet, while others go on writing."""
         database.back_up(self.home, target)
-
-    def check(self) -> list[str]:
-        """What is wrong with the database, in words; empty if nothing is."""
-        with self._open() as db:
-            found = [str(row[0]) for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
-            found += [f"table {row[0]}: row {row[1]} names no job" for row in db.execute("PRAGMA foreign_key_check")]
-            for query, words in CHECKS:
-                found += [words.format(*row) for row in db.execute(query)]
-        return found
-
-
-def _where(states: Sequence[State], search: str) -> tuple[str, list[Any]]:
-    """The condition of a list of jobs, and its values."""
-    parts: list[str] = []
-    values: list[Any] = []
-    if states:
-        parts.append(f"state IN ({', '.join('?' * len(states))})")
-        values += list(states)
-    if search.strip():
-        parts.append("(job_id || ' ' || model || ' ' || algorithm || ' ' || uid) LIKE ? ESCAPE '\\'")
-        escaped = search.strip().replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-        values.append(f"%{escaped}%")
-    return (f"WHERE {' AND '.join(parts)}" if parts else ""), values
-
-
-_FINAL = ", ".join(f"'{state}'" for state in FINAL)
-_STARTED = ", ".join(f"'{state}'" for state in STARTED)
-CHECKS = (
-    (
-        f"SELECT l.resource, j.job_id, j.state FROM leases l JOIN jobs j USING (uid) WHERE j.state NOT IN ({_STARTED})",
-        "{0} is leased to job {1}, which is {2}",
-    ),
-    (
-        "SELECT l.resource, l.attempt, j.job_id, j.attempt FROM leases l JOIN jobs j USING (uid) "
-        "WHERE l.attempt != j.attempt",
-        "{0} is leased to attempt {1} of job {2}, which is at attempt {3}",
-    ),
-    (
-        f"SELECT job_id, state FROM jobs WHERE state IN ({_FINAL}) AND finished_at IS NULL",
-        "job {0} is {1} without a time when it ended",
-    ),
-    (
-        "SELECT job_id, state, finished_at FROM jobs WHERE finished_at IS NOT NULL "
-        f"AND (state NOT IN ({_FINAL}) OR finished_at < coalesce(started_at, created_at))",
-        "job {0} is {1} and ended at {2}, which cannot be",
-    ),
-    (
-        "SELECT job_id, state, coalesce((SELECT to_state FROM job_events e WHERE e.uid = j.uid ORDER BY id DESC "
-        "LIMIT 1), 'nothing') AS last FROM jobs j WHERE last != state",
-        "job {0} is {1}, but its history ends with {2}",
-    ),
-    ("SELECT job_id FROM jobs WHERE NOT json_valid(progress)", "job {0} has progress that cannot be read"),
-)

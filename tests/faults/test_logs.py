@@ -11,9 +11,12 @@ from urllib.parse import quote
 
 import pytest
 
-from backend.jobs import logs
-from backend.jobs.logs import LogPump, LogWriter
-from backend.jobs.logtail import parts, tail
+from backend.jobs.logs.files import parts
+from backend.jobs.logs.lines import CHUNK
+from backend.jobs.logs.pump import LogPump
+from backend.jobs.logs.tail import tail
+from backend.jobs.logs.writer import LogWriter
+from backend.jobs.redact import LONGEST_SECRET
 from backend.paths import PROJECT
 
 TOKEN = "hf_" + "QdTestTokenNotReal0123456789abcdef"  # made up, as everything here
@@ -25,7 +28,8 @@ PUMP = """
 import json, os, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
-from backend.jobs.logs import LogPump, LogWriter
+from backend.jobs.logs.pump import LogPump
+from backend.jobs.logs.writer import LogWriter
 
 def memory(key):
     lines = open("/proc/self/status").read().splitlines()
@@ -159,7 +163,7 @@ def test_secrets_of_a_program_reach_no_file(tmp_path, monkeypatch):
 RUN = """
 import sys
 from pathlib import Path
-from backend.jobs.logs import LogWriter
+from backend.jobs.logs.writer import LogWriter
 from backend.jobs.outcomes import StageError
 from backend.jobs.program import Command, Watch, run_program
 from backend.settings import JobSettings
@@ -211,7 +215,7 @@ def test_secrets_reach_neither_events_nor_reasons(tmp_path, monkeypatch, end):
 
 
 @pytest.mark.parametrize("filler", [b"a ", b"\x1b[0m", b"\x00", b"\xff", b"b=c\n"], ids=repr)
-@pytest.mark.parametrize("border", [logs.CHUNK, 16384, 16384 + logs.LONGEST_SECRET])
+@pytest.mark.parametrize("border", [CHUNK, 16384, 16384 + LONGEST_SECRET])
 def test_secrets_over_the_borders_of_chunks_and_of_the_line_cap(tmp_path, filler, border):
     """At every place around the border, followed by nothing, by more of the line, or by far more of it."""
     with LogWriter(tmp_path / "log.log", Small(log_bytes=64 << 20)) as writer:

@@ -17,7 +17,7 @@ import pytest
 
 from backend.errors import JobError
 from backend.jobs import control, launch
-from backend.jobs.logs import LogWriter
+from backend.jobs.logs.writer import LogWriter
 from backend.jobs.outcomes import CODES, advice, classify, memory_kills, outcome_of, outcome_of_text
 from backend.jobs.publish import check_manifest
 from backend.jobs.run import Run

@@ -16,6 +16,8 @@ from backend import accounts, cli
 from backend.engines.environments import environments
 from backend.files import write_json
 from backend.jobs import doctor
+from backend.jobs.doctor_alive import instance_lives
+from backend.jobs.doctor_findings import SHOWN, Finding, Problem, report
 from backend.jobs.publish import publish
 from backend.jobs.store import JobStore
 from backend.process import hold_lock
@@ -291,9 +293,9 @@ def test_a_job_that_stays_lost_is_found(home, store):
 
 
 def test_of_many_problems_some_are_shown_and_the_rest_counted():
-    many = tuple(doctor.Problem(f"number {n}", "wait") for n in range(doctor.SHOWN + 5))
-    told = doctor.report([doctor.Finding("leases", "", many)])
-    assert told.count("PROBLEM") == doctor.SHOWN and "and 5 more of leases" in told
+    many = tuple(Problem(f"number {n}", "wait") for n in range(SHOWN + 5))
+    told = report([Finding("leases", "", many)])
+    assert told.count("PROBLEM") == SHOWN and "and 5 more of leases" in told
 
 
 def test_the_lock_of_a_scheduler_that_is_nowhere_listed_is_found(home, store):
@@ -319,5 +321,5 @@ def test_the_command_tells_the_outcome_by_its_exit_code(home, store, capsys):
 
 def test_a_process_with_a_reused_pid_is_no_living_instance():
     stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    assert doctor.instance_lives({"pid": os.getpid(), "started": int(stat[19])})
-    assert not doctor.instance_lives({"pid": os.getpid(), "started": int(stat[19]) - 1})
+    assert instance_lives({"pid": os.getpid(), "started": int(stat[19])})
+    assert not instance_lives({"pid": os.getpid(), "started": int(stat[19]) - 1})

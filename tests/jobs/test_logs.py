@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from backend.jobs import logs
-from backend.jobs.logs import LogHandler, LogPump, LogWriter, numbered, rotated
-from backend.jobs.logtail import parts
+from backend.jobs.logs import lines as lines_module
+from backend.jobs.logs import writer as writer_module
+from backend.jobs.logs.files import PART_LINE, numbered, parts, rotated
+from backend.jobs.logs.pump import LogPump
+from backend.jobs.logs.writer import LogHandler, LogWriter
 from backend.settings import JobSettings
 
 TOKEN = "hf_" + "QdTestTokenNotReal0123456789abcdef"  # made up
@@ -68,7 +70,7 @@ def test_a_progress_bar_leaves_its_last_state(path):
 
 def test_a_progress_bar_in_many_writes_shows_once_a_second(path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lines_module.time, "monotonic", lambda: now[0])
     with LogWriter(path, JobSettings()) as writer:
         for n in range(100):  # ten seconds
             writer.write(f"\rstep {n}")
@@ -113,7 +115,7 @@ def test_rotation_bounds_the_disk_and_keeps_the_newest_lines(path):
             sizes = [file.stat().st_size for file in parts(path)]
             assert len(sizes) <= limits.log_files and max(sizes) <= limits.log_bytes
     assert rotated(path) == [1, 2, 3]
-    lines = [line for line in all_text(path).decode().splitlines() if not logs.PART_LINE.match(line)]
+    lines = [line for line in all_text(path).decode().splitlines() if not PART_LINE.match(line)]
     first = int(lines[0].split()[1])
     assert lines == [f"line {n}" for n in range(first, 2000)]
     assert first < 2000 - limits.log_files * 100
@@ -132,7 +134,7 @@ def test_a_log_is_continued_by_the_next_writer(path):
     with LogWriter(path, Small()) as writer:
         for n in range(1000):
             writer.line(f"first {n}")
-    part = int(logs.PART_LINE.match(path.read_text().splitlines()[0]).group(1))
+    part = int(PART_LINE.match(path.read_text().splitlines()[0]).group(1))
     with open(path, "ab") as file:
         file.write(b"torn by kill -9")
     with LogWriter(path, Small()) as writer:
@@ -140,7 +142,7 @@ def test_a_log_is_continued_by_the_next_writer(path):
         assert path.read_text().splitlines()[-2:] == ["torn by kill -9", "goes on"]
         for n in range(1000):
             writer.line(f"second {n}")
-    assert int(logs.PART_LINE.match(path.read_text().splitlines()[0]).group(1)) > part
+    assert int(PART_LINE.match(path.read_text().splitlines()[0]).group(1)) > part
 
 
 def test_other_files_in_the_folder_are_left_alone(path):
@@ -156,7 +158,7 @@ def test_other_files_in_the_folder_are_left_alone(path):
 
 
 def test_a_log_that_somebody_deleted_begins_anew(path, monkeypatch):
-    monkeypatch.setattr(logs, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(writer_module, "LOOK_EVERY_S", 0.0)
     with LogWriter(path, JobSettings()) as writer:
         writer.line("one")
         path.unlink()
@@ -186,7 +188,7 @@ def test_threads_do_not_mix_their_lines(path):
 
 def test_a_spammer_is_slowed_down_in_the_log_and_its_last_lines_are_kept(path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lines_module.time, "monotonic", lambda: now[0])
     total = 0
     with LogWriter(path, JobSettings()) as writer:
         for _ in range(20):  # twenty seconds of 20,000 lines
@@ -199,14 +201,14 @@ def test_a_spammer_is_slowed_down_in_the_log_and_its_last_lines_are_kept(path, m
     lines = path.read_text().splitlines()
     left_out = [int(line.split("[")[1].split()[0]) for line in lines if "lines left out" in line]
     assert sum(left_out) + len([line for line in lines if "spam" in line]) == total
-    assert len(lines) * logs.LINE_COST < logs.BURST_BYTES + 25 * logs.BYTES_PER_S
+    assert len(lines) * lines_module.LINE_COST < lines_module.BURST_BYTES + 25 * lines_module.BYTES_PER_S
     assert "Traceback: the reason" in lines[-2:] and lines[0] == "spam 0"
     assert f"spam {total - 1}" in lines
 
 
 def test_a_thousand_lines_a_second_are_not_left_out(path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lines_module.time, "monotonic", lambda: now[0])
     with LogWriter(path, JobSettings()) as writer:
         for second in range(120):
             writer.write("".join(f"{second} {n} {'x' * 100}\n" for n in range(1000)))
@@ -225,10 +227,10 @@ def test_a_full_disk_stops_nothing_and_is_told_afterwards(path, monkeypatch):
 
     with LogWriter(path, JobSettings()) as writer:
         writer.line("before")
-        monkeypatch.setattr(logs.os, "write", full)
+        monkeypatch.setattr(writer_module.os, "write", full)
         for n in range(5):
             writer.line(f"lost {n}")
-        monkeypatch.setattr(logs.os, "write", real)
+        monkeypatch.setattr(writer_module.os, "write", real)
         writer.line("after")
     assert path.read_text().splitlines() == [
         "before", "... [lines that could not be written, the disk was full: 5]", "after",
@@ -240,10 +242,10 @@ def test_a_disk_that_is_full_from_the_start_does_not_stop_the_job(path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     real = os.open
-    monkeypatch.setattr(logs.os, "open", full)
+    monkeypatch.setattr(writer_module.os, "open", full)
     with LogWriter(path, JobSettings()) as writer:
         writer.line("lost")
-        monkeypatch.setattr(logs.os, "open", real)
+        monkeypatch.setattr(writer_module.os, "open", real)
         writer.line("after")
     assert path.read_text().splitlines() == ["... [lines that could not be written, the disk was full: 1]", "after"]
     with pytest.raises(FileExistsError):
@@ -328,7 +330,7 @@ def test_stop_ends_although_a_descendant_writes_all_the_time(path):
 
 
 def test_a_bar_that_pauses_and_a_flood_that_ends_are_told_while_nothing_comes(path, monkeypatch):
-    monkeypatch.setattr(logs, "BURST_BYTES", 5000)
+    monkeypatch.setattr(lines_module, "BURST_BYTES", 5000)
     reading, writing = os.pipe()
     with LogWriter(path, JobSettings()) as writer, LogPump(reading, writer):
         os.write(writing, b"".join(b"flood %d\n" % n for n in range(500)))

@@ -9,9 +9,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from backend.jobs import logtail
-from backend.jobs.logs import LogWriter, numbered, rotated
-from backend.jobs.logtail import GONE, Match, find, parts, read_all, size, tail
+from backend.jobs.logs import files as files_module
+from backend.jobs.logs import search as search_module
+from backend.jobs.logs import tail as tail_module
+from backend.jobs.logs.cursors import File
+from backend.jobs.logs.files import numbered, parts, read_all, rotated, size
+from backend.jobs.logs.search import Match, find
+from backend.jobs.logs.tail import GONE, tail
+from backend.jobs.logs.writer import LogWriter
 from backend.settings import JobSettings
 
 
@@ -30,9 +35,9 @@ def path(tmp_path):
 @pytest.fixture(autouse=True)
 def forget():
     """Each test is a new process as far as the shared cache goes."""
-    logtail._logs.clear()
+    tail_module._logs.clear()
     yield
-    logtail._logs.clear()
+    tail_module._logs.clear()
 
 
 def follow_all(path, cursor, **kwargs):
@@ -66,11 +71,11 @@ def test_only_whole_lines_are_handed_out(path):
 
 
 def test_a_first_look_shows_the_end_from_the_beginning_of_a_line(path, monkeypatch):
-    monkeypatch.setattr(logtail, "START_BYTES", 1000)
+    monkeypatch.setattr(tail_module, "START_BYTES", 1000)
     for n_bytes in (990, 1000, 1001, 1009, 5000):
         text = "".join(f"{n:08d}\n" for n in range(n_bytes // 9))
         path.write_text(text)
-        logtail._logs.clear()
+        tail_module._logs.clear()
         lines, _ = tail(path)
         assert lines == text.split("\n")[:-1][-len(lines) :]
         assert 1000 - 9 <= len(lines) * 9 <= 1000 or n_bytes < 1000
@@ -107,14 +112,15 @@ def test_a_cursor_survives_rotations_and_the_readers_process(path, every):
         for n in range(2100):
             writer.line(f"line {n}")
             if n % every == 0:
-                logtail._logs.clear()
+                tail_module._logs.clear()
                 new, cursor = follow_all(path, cursor, limit=1000)
                 seen += new
     new, cursor = follow_all(path, cursor, limit=1000)
     seen += new
     assert seen == [f"line {n}" for n in range(2100)]
     code = (
-        f"from pathlib import Path; from backend.jobs.logtail import tail; print(tail(Path({str(path)!r}), {cursor!r}))"
+        "from pathlib import Path; from backend.jobs.logs.tail import tail; "
+        f"print(tail(Path({str(path)!r}), {cursor!r}))"
     )
     with LogWriter(path, Small()) as writer:
         writer.line("for the other process")
@@ -130,7 +136,7 @@ def test_lines_that_were_rotated_away_are_told(path):
             writer.line(f"line {n}")
         for fresh in (False, True):
             if fresh:
-                logtail._logs.clear()
+                tail_module._logs.clear()
             lines, after = tail(path, cursor)
             assert lines[0] == GONE and lines[-1] == "line 4999"
             first = int(lines[1].split()[1])
@@ -150,7 +156,7 @@ def test_a_file_with_the_inode_of_a_removed_one_is_not_taken_for_it(path):
     assert f"{path.stat().st_ino:x}" == inode
     for fresh in (True, False):
         if fresh:
-            logtail._logs.clear()
+            tail_module._logs.clear()
         assert tail(path, cursor)[0] == [GONE, *["of another job"] * 50]
 
 
@@ -175,7 +181,7 @@ def test_a_cursor_that_is_none_is_answered_with_the_end(path, cursor):
 
 
 def test_memory_is_bounded_and_old_places_are_read_from_disk(path, monkeypatch):
-    monkeypatch.setattr(logtail, "CACHED_BYTES", 20_000)
+    monkeypatch.setattr(tail_module, "CACHED_BYTES", 20_000)
     limits = Small(log_bytes=30_000)
     _, start = tail(path)
     _, follower = tail(path)
@@ -186,7 +192,7 @@ def test_memory_is_bounded_and_old_places_are_read_from_disk(path, monkeypatch):
             if n % 50 == 0:
                 new, follower = tail(path, follower)
                 seen += new
-                assert sum(len(block.data) for block in logtail._logs[path]._blocks) <= 40_000
+                assert sum(len(block.data) for block in tail_module._logs[path]._blocks) <= 40_000
         seen += tail(path, follower)[0]
     assert seen == [f"line {n}" for n in range(5000)]
     old, _ = follow_all(path, start, limit=7000)
@@ -194,7 +200,7 @@ def test_memory_is_bounded_and_old_places_are_read_from_disk(path, monkeypatch):
 
 
 def test_a_burst_larger_than_the_memory(path, monkeypatch):
-    monkeypatch.setattr(logtail, "CACHED_BYTES", 20_000)
+    monkeypatch.setattr(tail_module, "CACHED_BYTES", 20_000)
     with LogWriter(path, JobSettings()) as writer:
         writer.line("first")
         _, cursor = tail(path)
@@ -245,18 +251,18 @@ def test_fifty_readers_of_a_growing_log_share_its_reads(path):
     expected = [f"line {n}" for n in range(n_lines)]
     assert all(result == expected for result in results)
     changes += len(rotated(path))  # a rotation is a change too
-    assert logtail._logs[path].reads <= changes + 1
-    before = logtail._logs[path].reads
+    assert tail_module._logs[path].reads <= changes + 1
+    before = tail_module._logs[path].reads
     for _ in range(100):
         tail(path, beginning)
-    assert logtail._logs[path].reads == before
+    assert tail_module._logs[path].reads == before
 
 
 def test_readers_in_another_process_while_it_is_rotated(path):
     """The writer's process rotates several times between two looks of this one."""
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom types import SimpleNamespace as N\n"
-        "from backend.jobs.logs import LogWriter\n"
+        "from backend.jobs.logs.writer import LogWriter\n"
         f"w = LogWriter(Path({str(path)!r}), N(log_bytes=50_000, log_files=30, line_bytes=512))\n"
         "for n in range(60_000):\n"
         "    w.write(f'line {n}\\n')\n"
@@ -323,7 +329,7 @@ def test_find_looks_through_all_files_oldest_first(path):
 @pytest.mark.parametrize("at_once", [64, 1000, 1 << 20])
 @pytest.mark.parametrize("text", ["e", "Line 1", "9", "\u00e4 1", "\u00c4", "xyz", "1\nline 2"])
 def test_find_finds_what_a_plain_search_finds(path, monkeypatch, text, at_once):
-    monkeypatch.setattr(logtail, "_SEARCHED_AT_ONCE", at_once)
+    monkeypatch.setattr(search_module, "SEARCHED_AT_ONCE", at_once)
     lines = [f"line {n}" if n % 3 else f"\u00e4 {n} e \u00c4" for n in range(300)]
     path.write_text("\n".join(lines) + "\nLine 1 without end")
     lines.append("Line 1 without end")
@@ -352,14 +358,14 @@ def test_descriptors_are_given_back(path):
 def test_a_line_that_comes_while_the_beginning_is_read_makes_no_wrong_cursor(path, monkeypatch):
     """A cursor's checksum is of the first 128 bytes; they may be written between two looks at a young file."""
     path.write_text("first\n")
-    look_at = logtail._File.look_at
+    look_at = File.look_at
 
     def and_the_writer_goes_on(file, part):
         look_at(file, part)
         with open(path, "a") as log:
             log.write("x" * 200 + "\n")
 
-    monkeypatch.setattr(logtail._File, "look_at", and_the_writer_goes_on)
+    monkeypatch.setattr(File, "look_at", and_the_writer_goes_on)
     lines, cursor = tail(path)
     monkeypatch.undo()
     with open(path, "a") as log:
@@ -372,7 +378,7 @@ def test_two_rotations_while_the_files_are_opened_change_no_order(path, monkeypa
     with LogWriter(path, Small(log_files=30)) as writer:
         for n in range(300):
             writer.line(f"line {n}")
-        once, turns = logtail._open_once, []
+        once, turns = files_module.open_once, []
 
         def slowly(path, *, only_newest):
             real = os.open
@@ -391,7 +397,20 @@ def test_two_rotations_while_the_files_are_opened_change_no_order(path, monkeypa
             finally:
                 monkeypatch.setattr(os, "open", real)
 
-        monkeypatch.setattr(logtail, "_open_once", slowly)
+        monkeypatch.setattr(files_module, "open_once", slowly)
         lines = b"".join(read_all(path)).decode().splitlines()
     kept = [int(line.split()[1]) for line in lines if line.startswith("line ")]
     assert turns and kept == sorted(kept) and lines[-1] == "x" * 100
+
+
+def test_a_link_in_place_of_a_log_shows_nothing(path, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("not for the page\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(secret)
+    assert tail(path)[0] == [] and find(path, "page") == [] and b"".join(read_all(path)) == b""
+    path.unlink()
+    with LogWriter(path, Small()) as writer:
+        writer.line("ours")
+    numbered(path, 1).symlink_to(secret)
+    assert tail(path)[0] == ["ours"] and find(path, "page") == [] and b"".join(read_all(path)) == b"ours\n"

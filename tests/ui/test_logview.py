@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from backend.jobs import control, logtail
-from backend.jobs.logs import LogWriter
+from backend.jobs import control
+from backend.jobs.logs import tail as tail_module
+from backend.jobs.logs.writer import LogWriter
 from backend.jobs.store import JobStore
 from backend.schema import parse_yaml
 from backend.settings import JobSettings
@@ -146,6 +147,6 @@ def test_many_readers_cost_one_read_of_what_is_new(home, job):
     write(home, job, "one\n")
     cursors = [ask(home, job)["cursor"] for _ in range(20)]
     write(home, job, "two\n")
-    before = logtail._followed(control.log_path(home, job.uid)).reads
+    before = tail_module._followed(control.log_path(home, job.uid)).reads
     assert all(ask(home, job, cursor)["lines"] == ["two"] for cursor in cursors)
-    assert logtail._followed(control.log_path(home, job.uid)).reads - before <= 1
+    assert tail_module._followed(control.log_path(home, job.uid)).reads - before <= 1
