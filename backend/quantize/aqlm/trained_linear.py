@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,8 +63,11 @@ class _Dequantize(torch.autograd.Function):
 class TrainedLinear(nn.Module):
     """y = x W^T + bias with W as in `AdditiveWeight`, for training.
 
+    A row of W is a scale times a sum of codewords; the parameters share the row's magnitude as in the published
+    program, whose scales start as the rows' norms, so that a learning rate means the same here and there.
+
     Args:
-        weight: Where codebooks and scales start; float32 copies of them are the parameters.
+        weight: Where codebooks and scales start.
         bias: (out,) or None; a float32 copy of it is a parameter.
         recompute: Make W again in the backward pass instead of keeping it.
     """
@@ -71,16 +75,19 @@ class TrainedLinear(nn.Module):
     def __init__(self, weight: AdditiveWeight, bias: Tensor | None = None, *, recompute: bool = False) -> None:
         super().__init__()
         self.codes = weight.codes
-        self.codebooks = nn.Parameter(weight.codebooks.float().clone())  # (K, words, G)
-        self.scales = nn.Parameter(weight.scales.float().clone())  # (out,)
-        self.bias = None if bias is None else nn.Parameter(bias.float().clone())
         self._index = CodeIndex(weight.codes, weight.codebooks.shape[1])
+        codebooks, scales = weight.codebooks.float(), weight.scales.float()
+        energy = float(self._index.gather(codebooks.flatten(0, 1)).square().sum() / len(scales))  # of a row / its scale
+        self._shift = 2.0 ** round(math.log2(energy) / 2) if energy > 0 else 1.0  # exact, both ways
+        self.codebooks = nn.Parameter(codebooks / self._shift)  # (K, words, G)
+        self.scales = nn.Parameter(scales * self._shift)  # (out,)
+        self.bias = None if bias is None else nn.Parameter(bias.float().clone())
         self._recompute = recompute
 
     @property
     def value(self) -> AdditiveWeight:
-        """The weight as it is now, float32."""
-        return AdditiveWeight(self.codes, self.codebooks.detach(), self.scales.detach())
+        """The weight as it is now, float32, its magnitude shared as at the start."""
+        return AdditiveWeight(self.codes, self.codebooks.detach() * self._shift, self.scales.detach() / self._shift)
 
     @property
     def weight(self) -> Tensor:
