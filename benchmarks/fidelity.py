@@ -2,17 +2,18 @@
 
     python -m benchmarks.fidelity REQUEST.json RESULT.json
 
-Every checkpoint is read from disk by one and the same reader, its weights dequantised exactly, and run in
-float32, so that only the stored numbers count and not the kernels of whoever made them. The base model is the
-bfloat16 checkpoint, computed in float32 as well. The request has `base` (folder), `checkpoints` (folders) and
-`held_out_file`; the result has for each checkpoint `kl` (nats per token), `kl_stderr` over windows, `flips`
-(share of positions) and `tokens`, or `error`.
+Jobs compare the models as they are run. Here every checkpoint is read from disk by one and the same reader, its weights
+dequantised exactly, and run in float32, so that only the stored numbers count and not the kernels of whoever made them.
+The base model is the bfloat16 checkpoint, computed in float32 as well. The request has `base` (folder), `checkpoints`
+(folders) and `held_out_file`; the result has for each checkpoint `kl` (nats per token), `kl_stderr` over windows,
+`flips` (share of positions) and `tokens`, or `error`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from backend.child import run_child
 from backend.errors import QuantdeckError
+from backend.evaluate.divergence import Divergence, add_batch
+from backend.evaluate.stats import mean_stderr
 from backend.event_stream import EventWriter
 from backend.formats.config import read_config_json
 from backend.formats.loader import load_model
@@ -32,7 +35,7 @@ BATCH = 4
 def measure(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """Compare all checkpoints with the base model on the same tokens."""
     tokens = load_file(request["held_out_file"])["tokens"]
-    reference = list(log_probabilities(read_dense(Path(request["base"])), tokens))
+    reference = list(logits_of(read_dense(Path(request["base"])), tokens))
     results: list[dict[str, Any]] = []
     for step, folder in enumerate(request["checkpoints"], 1):
         try:
@@ -74,27 +77,21 @@ def _dense(packed: Any) -> nn.Linear:
 
 
 @torch.inference_mode()
-def log_probabilities(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
-    """Log-softmax of every prediction, float32 (batch, length, vocabulary), in batches of windows."""
+def logits_of(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
+    """Logits of every prediction, float32 (batch, length, vocabulary), in batches of windows."""
     for batch in tokens.split(BATCH):
-        yield model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+        yield model(input_ids=batch, use_cache=False).logits.float()
 
 
-def compare(reference: list[Tensor], model: nn.Module, tokens: Tensor) -> dict[str, float]:
-    """Mean KL(base || model) per predicted token, its standard error over windows, and the changed predictions."""
-    divergence, changed = [], []
-    for base, found in zip(reference, log_probabilities(model, tokens), strict=True):
-        # Sum p (e^d - 1 - d) with d = log q - log p: equal to KL, but every term is positive and rounding errors of
-        # the logarithms enter as their squares, so that float32 is exact enough for a KL of 1e-6.
-        distance = found - base
-        terms = base.exp() * (distance.expm1() - distance)
-        divergence.append(terms.sum(-1, dtype=torch.float64).mean(-1))  # (batch,)
-        changed.append((base.argmax(-1) != found.argmax(-1)).double().mean(-1))
-    per_window = torch.cat(divergence)
+def compare(reference: list[Tensor], model: nn.Module, tokens: Tensor) -> dict[str, float | None]:
+    """Mean KL(base ‖ model) per predicted token, its standard error over windows, and the changed predictions."""
+    found = Divergence()
+    for base, other in zip(reference, logits_of(model, tokens), strict=True):
+        add_batch(found, base, other)
     return {
-        "kl": float(per_window.mean()),
-        "kl_stderr": float(per_window.std() / len(per_window) ** 0.5),
-        "flips": float(torch.cat(changed).mean()),
+        "kl": fmean(found.kl),
+        "kl_stderr": mean_stderr(found.kl),
+        "flips": fmean(found.flips),
         "tokens": tokens.numel(),
     }
 
