@@ -115,7 +115,7 @@ def _forecast(config: JobConfig, checked: Checked) -> str:
     rows = [
         ("Device", describe_device(checked.device)),
         *results,
-        ("Calibration", f"{config.CALIBRATION.SAMPLES} x {config.CALIBRATION.SEQUENCE_LENGTH} tokens"),
+        ("Calibration", f"{config.calibration.SAMPLES} x {config.calibration.SEQUENCE_LENGTH} tokens"),
         ("Measured after", ", ".join(["size", *measures])),
         ("Saved in", f"{config.USER_FOLDER}/jobs/{config.JOB_SERVICE}/{config.JOB_ID}"),
     ]

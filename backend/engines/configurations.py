@@ -6,16 +6,25 @@ Imports no torch: pages and checks before the start read configurations too.
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from pydantic import ValidationError
 
+from backend.engines.aqlm_plan import aqlm_requests
 from backend.engines.registry import NATIVE, engine_name
+from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.recipe import PER_CHANNEL, Override, Recipe, Scheme
-from backend.schema import AutoAWQSettings, JobConfig, LLMCompressorSettings, NativeSettings, OverrideSettings
+from backend.schema import (
+    AQLMSettings,
+    AutoAWQSettings,
+    JobConfig,
+    LLMCompressorSettings,
+    NativeSettings,
+    OverrideSettings,
+)
 from backend.schema.fields import each
 
 HEAD = "lm_head"  # outside the decoder layers, so the core leaves it alone; named so that reports say why
@@ -30,37 +39,40 @@ class Configuration:
         label: For people, e.g. `GPTQ 4 bit, groups of 128`.
         engine: Name of the engine that makes it.
         request: What the engine's program is asked for, as JSON values. Native: `name`, `label`, `recipe`, `layout`,
-            `dtype`; the others: `name`, `label` and the section of the file as `settings`.
+            `dtype`; AQLM: as `backend.engines.aqlm_plan`; the others: `name`, `label` and the section of the file as
+            `settings`.
+        folder: Where its model is published, below the job's folder; None: there itself if it is the only one, else
+            in a folder of its name.
     """
 
     name: str
     label: str
     engine: str
     request: dict[str, Any]
+    folder: str | None = None
 
     @property
     def recipe(self) -> Recipe | None:
         """What happens to which Linear, where Quantdeck's own core makes it."""
         return Recipe.from_dict(self.request["recipe"]) if "recipe" in self.request else None
 
-
-def configurations(config: JobConfig) -> list[Configuration]:
-    """The results of a job; lists are taken in the order of the file, method first, then bits, then group size."""
-    settings, engine = config.algorithm_settings, engine_name(config)
-    if isinstance(settings, NativeSettings):
-        return [_native(recipe, settings.layout, settings.stored_dtype) for recipe in _native_recipes(settings)]
-    if isinstance(settings, LLMCompressorSettings):
-        if engine == NATIVE:
-            return [_native(_llmcompressor_recipe(settings), "compressed-tensors", settings.dtype)]
-        return [_packaged(settings.label, _llmcompressor_label(settings), engine, settings.model_dump())]
-    if engine == NATIVE:
-        return [_native(Recipe(s.label, s), settings.layout, settings.dtype) for s in _awq_schemes(settings)]
-    (scheme,) = _awq_schemes(settings)
-    section = {**settings.model_dump(), "W_BIT": scheme.bits, "Q_GROUP_SIZE": scheme.group_size}
-    return [_packaged(scheme.label, scheme_label(scheme), engine, section)]
+    @property
+    def additive(self) -> AdditiveScheme | None:
+        """The codebooks of every Linear, where it has them."""
+        return AdditiveScheme(**self.request["scheme"]) if "scheme" in self.request else None
 
 
-def by_the_core(config: JobConfig) -> list[Configuration]:
+def configurations(config: JobConfig, device: str = "cpu") -> list[Configuration]:
+    """The results of a job; lists are taken in the order of the file, method first, then bits, then group size.
+
+    Args:
+        config: The job.
+        device: Where it runs, which decides on what AQLM's section leaves open.
+    """
+    return _PLANS[type(config.algorithm_settings)](config.algorithm_settings, engine_name(config), device)
+
+
+def by_the_core(config: JobConfig, device: str = "cpu") -> list[Configuration]:
     """What Quantdeck's own core would make of the same settings, whichever engine they ask for.
 
     The packages store the same tensors, so these recipes tell the size of their results too.
@@ -69,20 +81,54 @@ def by_the_core(config: JobConfig) -> list[Configuration]:
         As `configurations`; empty if the core cannot do what the settings ask for.
     """
     if engine_name(config) == NATIVE:
-        return configurations(config)
+        return configurations(config, device)
     settings = config.algorithm_settings
     try:
         section = type(settings)(**{**settings.model_dump(), "ENGINE": NATIVE})
     except ValidationError:
         return []
     sections = config.llm.model_copy(update={config.ALGORITHM: section})
-    return configurations(config.model_copy(update={"llm": sections}))
+    return configurations(config.model_copy(update={"llm": sections}), device)
 
 
 def scheme_label(scheme: Scheme) -> str:
     """A scheme for people, e.g. `AWQ 3 bit, groups of 64, symmetric`."""
     groups = "one group per row" if scheme.group_size == PER_CHANNEL else f"groups of {scheme.group_size}"
     return f"{scheme.method} {scheme.bits} bit, {groups}" + (", symmetric" if scheme.symmetric else "")
+
+
+def _of_native(settings: NativeSettings, engine: str, device: str) -> list[Configuration]:
+    return [_native(recipe, settings.layout, settings.stored_dtype) for recipe in _native_recipes(settings)]
+
+
+def _of_llmcompressor(settings: LLMCompressorSettings, engine: str, device: str) -> list[Configuration]:
+    if engine == NATIVE:
+        return [_native(_llmcompressor_recipe(settings), "compressed-tensors", settings.dtype)]
+    return [_packaged(settings.label, _llmcompressor_label(settings), engine, settings.model_dump())]
+
+
+def _of_autoawq(settings: AutoAWQSettings, engine: str, device: str) -> list[Configuration]:
+    if engine == NATIVE:
+        return [_native(Recipe(s.label, s), settings.layout, settings.dtype) for s in _awq_schemes(settings)]
+    (scheme,) = _awq_schemes(settings)
+    section = {**settings.model_dump(), "W_BIT": scheme.bits, "Q_GROUP_SIZE": scheme.group_size}
+    return [_packaged(scheme.label, scheme_label(scheme), engine, section)]
+
+
+def _of_aqlm(settings: AQLMSettings, engine: str, device: str) -> list[Configuration]:
+    return [
+        Configuration(name, request["label"], engine, request, folder)
+        for name, folder, request in aqlm_requests(settings, device)
+    ]
+
+
+_PLANS: dict[type, Callable[[Any, str, str], list[Configuration]]] = {
+    NativeSettings: _of_native,
+    LLMCompressorSettings: _of_llmcompressor,
+    AutoAWQSettings: _of_autoawq,
+    AQLMSettings: _of_aqlm,
+}
+"""From an algorithm's settings, its engine and its device to the results."""
 
 
 def _native(recipe: Recipe, layout: str, dtype: str | None) -> Configuration:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import translate
 from typing import Any
 
@@ -15,7 +15,17 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from backend.engines.configurations import configurations
 from backend.errors import ConfigError
 from backend.quantize.recipe import PER_CHANNEL, Recipe, Scheme
-from backend.schema import SECTIONS, AutoAWQSettings, Document, JobConfig, LLMCompressorSettings, parse_yaml
+from backend.schema import (
+    SECTIONS,
+    AQLMSettings,
+    AutoAWQSettings,
+    Document,
+    JobConfig,
+    LLMCompressorSettings,
+    describe,
+    parse_yaml,
+    sections,
+)
 from backend.schema.fields import each
 
 TARGETS = ("yaml", "nyuntam", "llmcompressor", "command")
@@ -65,16 +75,25 @@ def _quoted(value: Any) -> Any:
 
 
 def _nyuntam(document: Document, config: JobConfig) -> str:
-    """The file without what is ours; its AutoAWQ makes one 4-bit result per file."""
-    settings = config.algorithm_settings
-    if not isinstance(settings, AutoAWQSettings):
+    """The file without what is ours, as far as the original system can do the job."""
+    prepare = _NYUNTAM.get(config.ALGORITHM)
+    if prepare is None:
         raise ConfigError(
-            f"found {config.ALGORITHM!r}, which the original system does not have; it has AutoAWQ",
+            f"found {config.ALGORITHM!r}, which the original system does not have; it has {' and '.join(_NYUNTAM)}",
             key="ALGORITHM",
             value=config.ALGORITHM,
         )
+    prepare(document, config)
+    for key in (*SECTIONS, *OWN_KEYS):
+        document.remove((key,))
+    return document.dump()
+
+
+def _nyuntam_awq(document: Document, config: JobConfig) -> None:
+    """Its AutoAWQ makes one 4-bit result per file."""
     for key, allowed in (("W_BIT", "4"), ("Q_GROUP_SIZE", "one of 128, 64 and 32")):
-        values = each(getattr(settings, key))
+        setting = getattr(config.algorithm_settings, key)
+        values = each(setting)
         if len(values) > 1 or (key == "W_BIT" and values != (4,)):
             raise ConfigError(
                 f"found {', '.join(map(str, values))}; the original system makes one result per file: "
@@ -82,13 +101,27 @@ def _nyuntam(document: Document, config: JobConfig) -> str:
                 key=f"llm.AutoAWQ.{key}",
                 value=values,
             )
-        if isinstance(getattr(settings, key), tuple):
+        if isinstance(setting, tuple):
             document.set(("llm", "AutoAWQ", key), values[0])
-    for key in (*SECTIONS, *OWN_KEYS):
-        document.remove((key,))
     for key in OWN_AWQ_KEYS:
         document.remove(("llm", "AutoAWQ", key))
-    return document.dump()
+
+
+def _nyuntam_aqlm(document: Document, config: JobConfig) -> None:
+    """Its AQLM takes the calibration's size from its own section, and one text for all."""
+    section = ("llm", "AQLM", "calibration_config")
+    given = config.CALIBRATION.model_fields_set
+    for key, name in (("SAMPLES", "nsamples"), ("SEQUENCE_LENGTH", "model_seqlen"), ("SEED", "seed")):
+        if key in given:
+            document.set((*section, name), getattr(config.CALIBRATION, key))
+    for path, model in sections(AQLMSettings):
+        for spec in describe(model):
+            if spec.key.isupper():
+                document.remove(("llm", "AQLM", *path, spec.key))
+    document.remove(("llm", "AQLM", "FINETUNE_DATA"))
+
+
+_NYUNTAM: dict[str, Callable[[Document, JobConfig], None]] = {"AutoAWQ": _nyuntam_awq, "AQLM": _nyuntam_aqlm}
 
 
 def _modifiers(config: JobConfig) -> Modifiers:
@@ -96,6 +129,8 @@ def _modifiers(config: JobConfig) -> Modifiers:
     settings = config.algorithm_settings
     if isinstance(settings, LLMCompressorSettings):
         return _llmcompressor_modifiers(settings)
+    if isinstance(settings, AQLMSettings):
+        raise ConfigError("found 'AQLM', which llm-compressor does not have", key="ALGORITHM", value="AQLM")
     planned = configurations(config)
     if len(planned) > 1:
         raise ConfigError(
@@ -105,6 +140,7 @@ def _modifiers(config: JobConfig) -> Modifiers:
         )
     recipe = planned[0].recipe
     if recipe is None:  # the AutoAWQ package: the same algorithm with the same settings
+        assert isinstance(settings, AutoAWQSettings)
         scheme = Scheme("AWQ", each(settings.W_BIT)[0], each(settings.Q_GROUP_SIZE)[0], symmetric=False)
         recipe = Recipe(planned[0].name, scheme)
     return _recipe_modifiers(recipe)

@@ -56,7 +56,7 @@ def _request(run: Run, stage: str, model_dir: str) -> dict[str, Any]:
             {"name": t.NAME, "num_fewshot": t.NUM_FEWSHOT, "limit": t.LIMIT} for t in evaluation_tasks(run.config)
         ],
         "batch_size": settings.BATCH_SIZE,
-        "seed": run.config.CALIBRATION.SEED,
+        "seed": run.config.calibration.SEED,
         "stage": stage,
     }
 
@@ -147,7 +147,7 @@ def _benchmark_request(run: Run, configuration: Configuration) -> dict[str, Any]
         "new_tokens": settings.NEW_TOKENS,
         "warmup": settings.WARMUP,
         "repetitions": settings.REPETITIONS,
-        "seed": run.config.CALIBRATION.SEED,
+        "seed": run.config.calibration.SEED,
         "stage": "benchmark",
     }
     return _named(run, request, configuration)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,25 @@ from backend.engines.autoawq_checks import autoawq_problems
 from backend.engines.configurations import Configuration, by_the_core, configurations
 from backend.engines.llm_problems import llm_problems
 from backend.engines.registry import engine_for
-from backend.errors import ConfigError, ConfigErrors, DataError, ModelError, QuantdeckError
+from backend.errors import ConfigError, ConfigErrors, QuantdeckError
 from backend.evaluate.tasks import check_tasks
+from backend.formats.bits import predicted_bits
 from backend.formats.config import read_config_json
 from backend.formats.headers import has_only_pickles
-from backend.formats.size import predicted_size, weight_bytes
+from backend.formats.size import predicted_additive_size, predicted_size, weight_bytes
+from backend.jobs.aqlm_checks import check_aqlm
 from backend.jobs.devices import choose_device
+from backend.jobs.text_checks import check_calibration, check_tuning
 from backend.jobs.trust import check_remote_code
 from backend.paths import Home
+from backend.quantize.recipe import Recipe
 from backend.schema import JobConfig
 from backend.settings import Settings
-from backend.sources.calibration import token_sequences
-from backend.sources.messages import (
-    CalibrationRow,
-    has_chat_template,
-    needs_template,
-    no_template_error,
-    plain_text,
-)
 from backend.sources.models import ModelSource, resolve_model
 from backend.sources.places import check_outputs
 from backend.sources.plan import calibration_source, evaluation_source, evaluation_tasks
 from backend.sources.quick_check import QuickFacts, kept_linears, kept_note, quick_check
-from backend.sources.texts import TextSource, check_rows, read_calibration_rows
+from backend.sources.texts import check_rows
 
 ROOM = 2.2
 """Disk space that a result needs while it is made, in its own sizes: once as it grows, once as finished shards."""
@@ -49,6 +46,7 @@ class Checked:
         model: The model; its `path` is None if it has to be downloaded.
         configurations: The results that the job will make.
         predicted: Name of a configuration -> size of its weight files; without those that are not known before.
+        bits: Name of a configuration -> bits per quantized weight, scales and codebooks included; as `predicted`.
         notes: Facts worth telling before the start.
     """
 
@@ -56,6 +54,7 @@ class Checked:
     model: ModelSource
     configurations: tuple[Configuration, ...]
     predicted: dict[str, int]
+    bits: dict[str, float]
     notes: tuple[str, ...]
 
     @property
@@ -91,9 +90,10 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
     device = attempt("CUDA_ID", lambda: choose_device(config.CUDA_ID))
     if device == "cpu":
         notes.append("No GPU was found: this job runs on the CPU.")
-    engine_key = f"llm.{config.ALGORITHM}.ENGINE" if config.ALGORITHM != "Native" else "ALGORITHM"
+    has_engines = "ENGINE" in type(config.algorithm_settings).model_fields
+    engine_key = f"llm.{config.ALGORITHM}.ENGINE" if has_engines else "ALGORITHM"
     attempt(engine_key, lambda: engine_for(config))
-    planned = tuple(configurations(config))
+    planned = tuple(configurations(config, device or "cpu"))
     attempt("TRUST_REMOTE_CODE", lambda: check_remote_code(config, settings))
     trusted = config.TRUST_REMOTE_CODE
     if any(_is_awq_below_4_bits(one) for one in planned):
@@ -101,28 +101,30 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
     model = attempt("MODEL", lambda: resolve_model(config, home, confined=confined))
     model_key = "CUSTOM_MODEL_PATH" if config.CUSTOM_MODEL_PATH else "MODEL"
     predicted: dict[str, int] = {}
+    bits: dict[str, float] = {}
     if model is not None and model.path is not None and settings.models.allow_pickle and has_only_pickles(model.path):
         attempt(model_key, lambda: read_config_json(model.path, remote_code=trusted))
         notes.append("The weights are stored as pickle: the job converts them first, and checks them then.")
     elif model is not None and model.path is not None:
         facts = attempt(model_key, lambda: quick_check(model.path, remote_code=trusted))
         if facts is not None:
-            attempt(model_key, lambda: _check_recipes(facts, config, planned, notes))
-            attempt(model_key, lambda: _check_packages(facts, config, planned))
-            predicted = _predicted_sizes(facts, config)
+            attempt(model_key, lambda: MODEL_CHECKS[config.ALGORITHM](facts, config, planned, notes))
+            predicted, bits = _predicted(facts, config, device or "cpu")
             attempt("USER_FOLDER", lambda: _check_disk(home, config, model.path, planned, predicted))
     elif model is not None:
         notes.append(f"{model.id} is downloaded when the job starts; its files are checked then.")
+    folder = model.path if model else None
     text = attempt("DATA_PATH", lambda: calibration_source(config, home, confined=confined))
     if text is not None and text.is_local:
         key = "DATA_PATH" if text.path else "DATASET_NAME"
-        folder = model.path if model else None
-        samples = attempt(key, lambda: _check_calibration(text, config, folder))
-        if samples is not None and samples < config.CALIBRATION.SAMPLES:
+        samples = attempt(key, lambda: check_calibration(text, config, folder))
+        if samples is not None and samples < config.calibration.SAMPLES:
+            attempt("", lambda: config.check_sequences(samples))
             notes.append(
-                f"The calibration text makes {samples} sequences of {config.CALIBRATION.SEQUENCE_LENGTH} tokens; "
-                f"{config.CALIBRATION.SAMPLES} were asked for."
+                f"The calibration text makes {samples} sequences of {config.calibration.SEQUENCE_LENGTH} tokens; "
+                f"{config.calibration.SAMPLES} were asked for."
             )
+    attempt("", lambda: check_tuning(config, home, folder, confined, notes))
     if config.EVALUATION.ENABLED:
         attempt("EVALUATION.TASKS", lambda: check_tasks([t.NAME for t in evaluation_tasks(config)]))
         evaluation = attempt("EVALUATION.DATASET_NAME", lambda: evaluation_source(config))
@@ -130,14 +132,14 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
             attempt("EVALUATION.DATASET_NAME", lambda: check_rows(evaluation))
     if problems:
         raise ConfigErrors(problems)
-    return Checked(device, model, planned, predicted, tuple(notes))
+    return Checked(device, model, planned, predicted, bits, tuple(notes))
 
 
 def _is_awq_below_4_bits(one: Configuration) -> bool:
     if one.recipe is not None:
         return one.recipe.scheme.method == "AWQ" and one.recipe.scheme.bits < 4
-    settings = one.request["settings"]
-    return settings.get("RECIPE") == "AWQ" and settings["SCHEME"] in ("W3A16", "W2A16")
+    settings = one.request.get("settings", {})
+    return settings.get("RECIPE") == "AWQ" and settings.get("SCHEME") in ("W3A16", "W2A16")
 
 
 def _at_section(config: JobConfig, error: ConfigError) -> ConfigError:
@@ -187,15 +189,51 @@ def _check_packages(facts: QuickFacts, config: JobConfig, planned: Sequence[Conf
         raise ConfigErrors(problems)
 
 
-def _predicted_sizes(facts: QuickFacts, config: JobConfig) -> dict[str, int]:
-    """Bytes of the weight files: exact for the core's results, within a file header for the packages' own."""
-    return {
-        one.name: predicted_size(
-            facts.headers, facts.config, recipe, layout=one.request["layout"], dtype=one.request["dtype"]
-        )
-        for one in by_the_core(config)
-        if (recipe := one.recipe) is not None
-    }
+def _check_core_or_package(
+    facts: QuickFacts, config: JobConfig, planned: Sequence[Configuration], notes: list[str]
+) -> None:
+    problems: list[ConfigError] = []
+    for check in (
+        lambda: _check_recipes(facts, config, planned, notes),
+        lambda: _check_packages(facts, config, planned),
+    ):
+        try:
+            check()
+        except ConfigErrors as error:
+            problems += error.errors
+    if problems:
+        raise ConfigErrors(problems)
+
+
+MODEL_CHECKS: dict[str, Callable[[QuickFacts, JobConfig, Sequence[Configuration], list[str]], None]] = {
+    "AutoAWQ": _check_core_or_package,
+    "Native": _check_core_or_package,
+    "LLMCompressor": _check_core_or_package,
+    "AQLM": check_aqlm,
+}
+"""What an algorithm asks of the model."""
+
+
+def _predicted(facts: QuickFacts, config: JobConfig, device: str) -> tuple[dict[str, int], dict[str, float]]:
+    """Bytes of the weight files (of the packages' own results but for a file header), bits per quantized weight."""
+    sizes, bits = {}, {}
+    for one in by_the_core(config, device):
+        with suppress(ConfigError):  # nothing would be quantized: told by the checks
+            sizes[one.name] = _size_of(facts, one)
+            bits[one.name] = predicted_bits(facts.linears, one.additive or _recipe_of(one), one.request["layout"])
+    return sizes, bits
+
+
+def _size_of(facts: QuickFacts, one: Configuration) -> int:
+    dtype = one.request["dtype"]
+    if (scheme := one.additive) is not None:
+        return predicted_additive_size(facts.headers, facts.config, scheme, dtype=dtype)
+    return predicted_size(facts.headers, facts.config, _recipe_of(one), layout=one.request["layout"], dtype=dtype)
+
+
+def _recipe_of(one: Configuration) -> Recipe:
+    assert one.recipe is not None  # of the core
+    return one.recipe
 
 
 def _check_disk(
@@ -219,43 +257,3 @@ def _check_disk(
 
 def _gigabytes(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.3g} GB"
-
-
-def _check_calibration(source: TextSource, config: JobConfig, model_dir: Path | None) -> int | None:
-    """How many calibration sequences a local text makes; None if that cannot be told without the model's tokenizer."""
-    settings = config.CALIBRATION
-    tokenizer_file = model_dir / "tokenizer.json" if model_dir else None
-    if model_dir is None or tokenizer_file is None or not tokenizer_file.is_file():
-        check_rows(source)
-        return None
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # the package raises plain Exception for a broken file
-        raise ModelError(f"MODEL: {tokenizer_file} is broken: {str(error)[:300]}; get the file again") from None
-    has_template = has_chat_template(model_dir)
-    templated = False
-
-    def encode(rows: Sequence[CalibrationRow]) -> list[list[int]]:
-        # A template's own words are left out here, so conversations count for a little less than they will be.
-        nonlocal templated
-        wanted = any(needs_template(row, settings.CHAT_TEMPLATE) for row in rows)
-        if wanted and not has_template:
-            raise no_template_error(source.label)
-        templated = templated or wanted
-        texts = [row if isinstance(row, str) else plain_text(row) for row in rows]
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
-
-    try:
-        sequences = token_sequences(
-            read_calibration_rows(source), encode, samples=settings.SAMPLES, length=settings.SEQUENCE_LENGTH,
-            shuffle=settings.SHUFFLE, seed=settings.SEED, packing=settings.PACKING,
-        )  # fmt: skip
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source.label} is not UTF-8 text (byte {error.start})") from None
-    except DataError:
-        if templated and settings.PACKING == "join":
-            return None  # the template's words may make up for what is missing
-        raise
-    return None if templated and settings.PACKING == "join" and len(sequences) < settings.SAMPLES else len(sequences)

@@ -2,7 +2,7 @@
 
 Whatever moment the program or the machine dies at, the target either does not exist or is whole: its manifest and all
 files are on the disk before the one rename that makes it visible. An attempt that finds it there, with a manifest of
-its own job and content, goes on from that (`stages._is_published`).
+its own job and content, goes on from that (`models.Making.is_published`).
 """
 
 from __future__ import annotations

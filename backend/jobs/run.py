@@ -35,7 +35,7 @@ class Run:
         timings: Per stage `wall_s` and `cpu_s`, seconds. Of a stage that is done once per configuration: the sums,
             and `configurations` with the single ones.
         peak_rss_bytes: Largest resident memory of any stage's process.
-        failures: Configurations that could not be measured, and why.
+        failures: Configurations that could not be made or measured, and why.
         outcomes: The same as codes.
         result: What `Job.result` becomes.
     """
@@ -75,11 +75,13 @@ class Run:
     def target(self, configuration: Configuration) -> Path:
         """Where a configuration's model is published: the job's folder, or one below it if there are several."""
         folder = self.home.artefact_dir(self.config)
+        if configuration.folder is not None:
+            return folder / configuration.folder
         return folder / configuration.name if self.several else folder
 
-    def entry(self, configuration: Configuration) -> dict[str, Any]:
-        """The published configuration's part of the result."""
-        return next(entry for entry in self.result["results"] if entry["name"] == configuration.name)
+    def entry(self, configuration: Configuration) -> dict[str, Any] | None:
+        """The published configuration's part of the result; None if there is none of it."""
+        return next((entry for entry in self.result["results"] if entry["name"] == configuration.name), None)
 
     # -- results of stages, by the name of their file
 

@@ -35,7 +35,8 @@ from backend.jobs.program import Watch, run_program
 from backend.jobs.progress import Progress
 from backend.jobs.redact import redact
 from backend.jobs.run import Cost, Run
-from backend.jobs.stages import Stage, stages_of
+from backend.jobs.stage import Stage
+from backend.jobs.stages import stages_of
 from backend.jobs.store import Job, JobStore
 from backend.jobs.trust import code_modules
 from backend.paths import Home
@@ -103,7 +104,7 @@ class Runner:
         try:
             self._check_stopped()
             self.ballast.take()
-            run.configurations = tuple(configurations(self.config))
+            run.configurations = tuple(configurations(self.config, self.job.device))
             run.begin_redo()
             self._run_stages(run)
         except Cancelled:
@@ -348,11 +349,13 @@ def _duration(seconds: float) -> str:
 
 
 def _failures(run: Run) -> str:
-    """Which configurations were not measured, and why."""
+    """Which configurations were not made or measured, and why."""
     told = "; ".join(f"{name}: {reason}" for name, reason in run.failures.items())
+    every, lost = len(run.configurations), [c.name for c in run.configurations if run.entry(c) is None]
+    kept = f"All models but {', '.join(lost)} are saved" if lost else "All models are saved"
     return (
-        f"{len(run.failures)} of {len(run.configurations)} configurations could not be measured. {told}. All models "
-        "are saved and the others' results are kept; resuming measures what is missing"
+        f"{len(run.failures)} of {every} configurations could not be {'made' if lost else 'measured'}. {told}. {kept} "
+        "and the others' results are kept; resuming does what is missing"
     )
 
 

@@ -2,6 +2,7 @@
 
 from backend.errors import ConfigError, ConfigErrors
 from backend.schema.aqlm import AQLMSettings
+from backend.schema.aqlm_finetune import FinetuneData
 from backend.schema.autoawq import AutoAWQSettings
 from backend.schema.document import (
     ALGORITHMS,
@@ -31,6 +32,7 @@ __all__ = [
     "Document",
     "EvaluationSettings",
     "FieldSpec",
+    "FinetuneData",
     "Group",
     "JobConfig",
     "LLMCompressorSettings",

@@ -190,7 +190,7 @@ class CalibrationConfig(BaseModel):
         "runs no code.",
     )  # fmt: skip
     print_frequency: StrictInt = no_effect(
-        1, label="Print every", unit="epochs", ge=1, le=100_000, help="The job's page tells every layer."
+        1, label="Print every (calibration)", unit="epochs", ge=1, le=100_000, help="The job's page tells every layer."
     )
     resume: StrictBool = no_effect(
         False, label="Resume", help="A job that was interrupted always goes on after its last finished step."

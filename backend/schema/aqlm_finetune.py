@@ -55,7 +55,7 @@ class FinetuneConfig(BaseModel):
         help="Sequences per step, over all GPUs. A multiple of the part below times the number of GPUs.",
     )  # fmt: skip
     microbatch_size: StrictInt | None = tuning(
-        None, label="Part of a batch", unit="sequences", ge=1, le=65536, empty="the whole batch",
+        None, label="Part of a batch", unit="sequences", ge=1, le=65536, empty="4096 tokens",
         help="Sequences of a batch that a GPU computes at once; smaller takes less memory.",
     )  # fmt: skip
     lr: StrictFloat = tuning(
@@ -75,6 +75,23 @@ class FinetuneConfig(BaseModel):
     eval_every_steps: StrictInt = tuning(
         15, label="Validate every", unit="steps", ge=1, le=1_000_000,
         help="The divergence on the validation text is measured so often; the best model is kept.",
+    )  # fmt: skip
+    # -- ours
+    P_ONLY_EPOCHS: StrictInt = tuning(
+        0, label="Epochs without new codes", unit="epochs", ge=0, le=100_000, advanced=True,
+        help="So many epochs come first in which the codes stay and only the rest is tuned. Quantdeck's own key.",
+    )  # fmt: skip
+    LR_SCHEDULE: Literal["constant", "cosine"] = tuning(
+        "constant", label="Learning rates over time", advanced=True,
+        help="cosine: both learning rates fall to nothing along half a cosine. Quantdeck's own key.",
+    )  # fmt: skip
+    WARMUP_STEPS: StrictInt = tuning(
+        0, label="Warm-up", unit="steps", ge=0, le=1_000_000, advanced=True,
+        help="Steps over which both learning rates rise from nothing. Quantdeck's own key.",
+    )  # fmt: skip
+    EARLY_STOP: StrictInt | None = tuning(
+        None, label="Early stop", unit="validations", ge=1, le=1_000_000, advanced=True, empty="never",
+        help="Tuning ends after so many validations in a row without a better one. Quantdeck's own key.",
     )  # fmt: skip
     # -- optimizer
     lamb: StrictBool = tuning(
@@ -130,9 +147,6 @@ class FinetuneConfig(BaseModel):
     code_adam_16bit: StrictBool = tuning(
         False, label="16-bit state of codes", advanced=True, help="On: Adam's state of the codes has 16 bits."
     )
-    code_dtype: Literal["uint8", "int8", "int16", "uint16", "int32", "int64"] = tuning(
-        "uint16", label="Type of codes", advanced=True, help="Type in which codes are held; it has to hold all of them."
-    )
     minimize_sync: StrictBool = tuning(
         False, label="Sum gradients once", advanced=True,
         help="With several GPUs. On: their gradients are summed once per step instead of after every part of a batch.",
@@ -143,10 +157,6 @@ class FinetuneConfig(BaseModel):
     save_every_steps: StrictInt = tuning(
         10, label="Save every", unit="steps", ge=1, le=1_000_000, advanced=True,
         help="The state is saved so often; after an interruption tuning goes on from there.",
-    )  # fmt: skip
-    print_every_steps: StrictInt = tuning(
-        1, label="Tell every", unit="steps", ge=1, le=1_000_000, advanced=True,
-        help="The job's page and log tell so often how far tuning has come.",
     )  # fmt: skip
     block_type: str | None = tuning(
         None, label="Class of a layer", advanced=True,
@@ -164,6 +174,10 @@ class FinetuneConfig(BaseModel):
     code_selection_temperature: StrictFloat = no_effect(
         0.0, label="Temperature of the choice", ge=0.0, le=1000.0,
         help="The codes with the largest wish to change are changed; the original drops this value, too.",
+    )  # fmt: skip
+    code_dtype: Literal["uint8", "int8", "int16", "uint16", "int32", "int64"] = no_effect(
+        "uint16", label="Type of codes (tuning)",
+        help="Codes are held in 32 bits and stored in 8 or 16. A type that does not hold all of them is refused.",
     )  # fmt: skip
     download_num_workers: StrictInt | None = no_effect(
         None, label="Download workers", unit="processes", ge=1, le=1024, help="Text is read by one process."
@@ -199,6 +213,9 @@ class FinetuneConfig(BaseModel):
     )
     preprocessing_num_workers: StrictInt = no_effect(
         24, label="Tokenizer workers", unit="processes", ge=1, le=1024, help="The tokenizer uses all cores by itself."
+    )
+    print_every_steps: StrictInt = no_effect(
+        1, label="Print every (tuning)", unit="steps", ge=1, le=1_000_000, help="The job's page tells every step."
     )
     skip_grouping: StrictBool = no_effect(
         False, label="Skip grouping", help="Rows are always joined and cut to sequences of equal length."
@@ -239,6 +256,12 @@ class FinetuneConfig(BaseModel):
                 "set one of the three to True, or max_epochs to 0 for no tuning",
                 False,
             )
+        if 0 < self.max_epochs < self.P_ONLY_EPOCHS:
+            raise ProblemAt(
+                "P_ONLY_EPOCHS",
+                f"found {self.P_ONLY_EPOCHS}, and max_epochs is {self.max_epochs}; allowed are 0 to {self.max_epochs}",
+                self.P_ONLY_EPOCHS,
+            )
         if self.max_epochs and self.microbatch_size and self.batch_size % self.microbatch_size:
             raise ProblemAt(
                 "microbatch_size",
@@ -266,7 +289,8 @@ class FinetuneData(BaseModel):
     PRESET: Literal["gsm8k_restructured"] | None = tuning_text(
         None, label="Preset",
         help="gsm8k_restructured: the guide's text, openai/gsm8k as 'Question: ... Answer: ...'. It is read from "
-        "DATA_PATH, or from USER_FOLDER/datasets/gsm8k_restructured, where that exists; else from the Hub.",
+        "DATA_PATH if that is given, else from USER_FOLDER/datasets/gsm8k_restructured where that exists, else from "
+        "the Hub.",
     )  # fmt: skip
     DATASET_NAME: str | None = tuning_text(
         None, label="Dataset", help="A dataset id on the Hub, or 'quantdeck/demo' for the built-in text."
@@ -294,7 +318,8 @@ class FinetuneData(BaseModel):
     )  # fmt: skip
     VAL_SAMPLES: StrictInt | None = tuning_text(
         None, label="Validation sequences", unit="sequences", ge=1, le=65536, empty="as in calibration",
-        help="The last sequences, on which nothing is tuned: they decide which step's model is kept.",
+        help="The last sequences, on which nothing is tuned: they decide which step's model is kept. Empty: as many "
+        "as in calibration, but at most a quarter.",
     )  # fmt: skip
 
     @model_validator(mode="before")

@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 
+from backend.errors import ConfigError, ConfigErrors
 from backend.schema.aqlm import AQLMSettings
 from backend.schema.autoawq import AutoAWQSettings
+from backend.schema.errors import ProblemAt
 from backend.schema.fields import drop_empty, setting
 from backend.schema.llmcompressor import LLMCompressorSettings
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings
@@ -202,6 +204,18 @@ class JobConfig(BaseModel):
         return self.CALIBRATION.model_copy(
             update={key: value for key, value in own.items() if key not in self.CALIBRATION.model_fields_set}
         )
+
+    def check_sequences(self, found: int) -> None:
+        """Check the settings again once it is known how many calibration sequences the text really makes.
+
+        Raises:
+            ConfigErrors: If fewer than were asked for are not enough.
+        """
+        calibration = self.calibration.model_copy(update={"SAMPLES": found})
+        try:
+            self.algorithm_settings.check_job(calibration, n_gpus=len(self.CUDA_ID.split(",")))
+        except ProblemAt as error:
+            raise ConfigErrors([ConfigError(str(error), key=error.key, value=error.value)]) from None
 
     @property
     def algorithm_settings(self) -> AlgorithmSettings:

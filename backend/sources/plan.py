@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import string
+from dataclasses import replace
 from pathlib import Path
 
 from backend.demo import TASK_NAME
 from backend.errors import ConfigError, ConfigErrors
 from backend.paths import Home
-from backend.schema import DEMO, JobConfig, TaskSettings
+from backend.schema import DEMO, AQLMSettings, FinetuneData, JobConfig, TaskSettings
 from backend.schema.measurement import AUTO
 from backend.sources.models import is_repo_id
 from backend.sources.places import local_place
@@ -25,6 +26,11 @@ READERS = frozenset((
 """Names that `datasets` takes for its own file readers, which read whatever lies in the working folder."""
 
 
+_GSM8K = "Question: {question}\nAnswer: {answer}"
+PRESETS = {"gsm8k_restructured": TextSource("openai/gsm8k", "main", "", ("question", "answer"), _GSM8K)}
+"""Names of datasets that are made of another one by a format string -> that one, without its split."""
+
+
 def calibration_source(config: JobConfig, home: Home, *, confined: bool = False) -> TextSource:
     """The calibration text.
 
@@ -36,21 +42,48 @@ def calibration_source(config: JobConfig, home: Home, *, confined: bool = False)
     Raises:
         ConfigErrors: If DATA_PATH does not exist. There is no silent fall-back to a download.
     """
+    return _source(config, home, confined)
+
+
+def tuning_source(config: JobConfig, home: Home, *, confined: bool = False) -> TextSource | None:
+    """The text that the whole model is tuned on: its own, else the calibration text; None if the job tunes nothing.
+
+    Args:
+        config: The job.
+        home: A relative DATA_PATH starts here.
+        confined: As for `calibration_source`.
+
+    Raises:
+        ConfigErrors: If its DATA_PATH does not exist; keys are those of FINETUNE_DATA.
+    """
+    settings = config.algorithm_settings
+    if not isinstance(settings, AQLMSettings) or not settings.tunes:
+        return None
+    data = settings.FINETUNE_DATA
+    if not data.is_own:
+        return calibration_source(config, home, confined=confined)
+    if data.PRESET is not None and data.DATA_PATH is None:
+        saved = home.root / config.USER_FOLDER / "datasets" / data.PRESET
+        if saved.is_dir():
+            return TextSource(data.PRESET, None, data.SPLIT, ("text",), None, saved)
+        return replace(PRESETS[data.PRESET], split=data.SPLIT)
+    return _source(data, home, confined)
+
+
+def _source(section: JobConfig | FinetuneData, home: Home, confined: bool) -> TextSource:
+    """The text that DATASET_NAME or DATA_PATH of a section and the keys beside them name."""
     path: Path | None = None
-    if config.DATA_PATH:
+    name = section.DATASET_NAME
+    if section.DATA_PATH:
         wanted = f"a {', '.join(FILE_KINDS)} file or a saved dataset, or leave it empty to use DATASET_NAME"
-        path = local_place(config.DATA_PATH, home, key="DATA_PATH", confined=confined, wanted=wanted)
+        path = local_place(section.DATA_PATH, home, key="DATA_PATH", confined=confined, wanted=wanted)
+    elif name in PRESETS:
+        return replace(PRESETS[name], split=section.SPLIT)
     else:
-        _check_dataset(config.DATASET_NAME, "DATASET_NAME")
-    _check_template(config.FORMAT_STRING)
-    return TextSource(
-        config.DATASET_NAME,
-        config.DATASET_SUBNAME,
-        config.SPLIT,
-        tuple(config.text_columns),
-        config.FORMAT_STRING,
-        path,
-    )
+        _check_dataset(name, "DATASET_NAME")
+    _check_template(section.FORMAT_STRING)
+    columns = tuple(section.text_columns)
+    return TextSource(name, section.DATASET_SUBNAME, section.SPLIT, columns, section.FORMAT_STRING, path)
 
 
 def _check_dataset(name: str | None, key: str) -> None:

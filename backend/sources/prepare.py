@@ -23,7 +23,6 @@ from backend.formats.config import read_config_json
 from backend.formats.headers import has_only_pickles
 from backend.formats.remote_code import remote_code_allowed
 from backend.paths import Home
-from backend.quantize.recipe import Recipe
 from backend.schema import JobConfig, parse_yaml
 from backend.settings import Settings
 from backend.sources.calibration import token_sequences
@@ -31,8 +30,9 @@ from backend.sources.messages import row_encoder
 from backend.sources.models import resolve_model
 from backend.sources.pickles import DOWNLOADED, convert
 from backend.sources.places import check_outputs
-from backend.sources.plan import calibration_source, evaluation_source
+from backend.sources.plan import calibration_source, evaluation_source, tuning_source
 from backend.sources.texts import read_calibration_rows, read_rows
+from backend.sources.tuning import held_out, tuning_sequences
 
 WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
 BUSY_WAITS_S = (1.0, 4.0, 15.0)
@@ -128,13 +128,14 @@ def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """Do the stage.
 
     Args:
-        request: `home` (folder), `config` (YAML text), `out` (folder for the files made here).
+        request: `home` (folder), `config` (YAML text), `out` (folder for the files made here), `device` (of the job).
         events: Takes progress events.
 
     Returns:
         `model_dir`, `model_commit` (Hub models), `tokens_file` (safetensors with `tokens`, int64, samples x
         length; where sequences differ in length also `lengths`, int64, samples), `samples` made and
-        `samples_wanted`, `text_file` and `text_name` of the perplexity text or None.
+        `samples_wanted`, `text_file` and `text_name` of the perplexity text or None; of a job that tunes the whole
+        model also `tuning_file` (safetensors with `train` and `validation`, int64, sequences x length).
     """
     home = Home.at(request["home"])
     config = parse_yaml(request["config"]).config
@@ -153,20 +154,29 @@ def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
         events.note(stage="download", message="the weights are stored as pickle: converting them to safetensors")
         model_dir = convert(model_dir, out / "model", out)
 
-    _check_model(model_dir, config)
+    _check_model(model_dir, config, request.get("device", "cpu"))
 
     calibration = calibration_source(config, home)
     events.note(stage="download", message=f"calibration text {calibration.label}")
+    cache = home.cache_dir(config) / "datasets"
+    encode = row_encoder(_tokenizer(model_dir), config.calibration.CHAT_TEMPLATE)
     sequences = token_sequences(
-        read_calibration_rows(calibration, home.cache_dir(config) / "datasets"),
-        row_encoder(_tokenizer(model_dir), config.CALIBRATION.CHAT_TEMPLATE),
-        samples=config.CALIBRATION.SAMPLES,
-        length=config.CALIBRATION.SEQUENCE_LENGTH,
-        shuffle=config.CALIBRATION.SHUFFLE,
-        seed=config.CALIBRATION.SEED,
-        packing=config.CALIBRATION.PACKING,
+        read_calibration_rows(calibration, cache),
+        encode,
+        samples=config.calibration.SAMPLES,
+        length=config.calibration.SEQUENCE_LENGTH,
+        shuffle=config.calibration.SHUFFLE,
+        seed=config.calibration.SEED,
+        packing=config.calibration.PACKING,
     )
+    config.check_sequences(len(sequences))
     tokens_file = _save_tokens(sequences, out / "calibration.safetensors")
+    made: dict[str, Any] = {}
+    tuning = tuning_source(config, home)
+    if tuning is not None:
+        events.note(stage="download", message=f"tuning text {tuning.label}")
+        rows = tuning_sequences(config, read_calibration_rows(tuning, cache), encode)
+        made["tuning_file"] = str(_save_split(rows, held_out(config, len(rows)), out / "tuning.safetensors"))
 
     text_file = text_name = None
     if config.EVALUATION.needs_text:
@@ -174,20 +184,21 @@ def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
         events.note(stage="download", message=f"evaluation text {evaluation.label}")
         text_file, text_name = out / "evaluation.jsonl", evaluation.label
         with open(text_file, "w", encoding="utf-8") as file:
-            for row in read_rows(evaluation, home.cache_dir(config) / "datasets"):
+            for row in read_rows(evaluation, cache):
                 file.write(json.dumps({"text": row}) + "\n")
     return {
         "model_dir": str(model_dir),
         "model_commit": commit,
         "tokens_file": str(tokens_file),
         "samples": len(sequences),
-        "samples_wanted": config.CALIBRATION.SAMPLES,
+        "samples_wanted": config.calibration.SAMPLES,
         "text_file": str(text_file) if text_file else None,
         "text_name": text_name,
+        **made,
     }
 
 
-def _check_model(model_dir: Path, config: JobConfig) -> None:
+def _check_model(model_dir: Path, config: JobConfig, device: str) -> None:
     """Refuse what the engine of the job cannot quantize, before the text is read.
 
     Raises:
@@ -197,13 +208,16 @@ def _check_model(model_dir: Path, config: JobConfig) -> None:
     """
     from backend.engines.configurations import configurations
 
-    planned = configurations(config)
-    recipes = [Recipe.from_dict(c.request["recipe"]) for c in planned if c.engine == "native"]
-    if recipes:
+    planned = configurations(config, device)
+    if recipes := [recipe for one in planned if (recipe := one.recipe) is not None]:
         from backend.quantize.check import check_model
 
         check_model(model_dir, recipes)
     for configuration in planned:
+        if (scheme := configuration.additive) is not None:
+            from backend.quantize.aqlm.plan import check_model as check_additive
+
+            check_additive(model_dir, scheme)
         if config.ALGORITHM == "LLMCompressor" and configuration.engine != "native":
             check_llm(model_dir, configuration.request["settings"])
 
@@ -231,6 +245,16 @@ def _save_tokens(sequences: list[list[int]], path: Path) -> Path:
     if min(lengths) < longest:
         tensors["lengths"] = torch.tensor(lengths, dtype=torch.int64)  # (samples,)
     save_file(tensors, str(path))
+    return path
+
+
+def _save_split(sequences: list[list[int]], held: int, path: Path) -> Path:
+    """Sequences of one length, the last `held` of them apart."""
+    import torch
+    from safetensors.torch import save_file
+
+    tokens = torch.tensor(sequences, dtype=torch.int64)
+    save_file({"train": tokens[:-held].clone(), "validation": tokens[-held:].clone()}, str(path))
     return path
 
 

@@ -26,12 +26,12 @@ def install() -> None:
     from backend.engines.registry import Engine
 
     request = {"name": "w4", "label": "W4"}
-    module.configurations = lambda config: [Configuration("w4", "W4", "fake", request)]
-    from backend.jobs import measure, stages
+    module.configurations = lambda config, device="cpu": [Configuration("w4", "W4", "fake", request)]
+    from backend.jobs import measure, one_program, stages
 
     engine = Engine(name="fake", algorithms=(), module=MODULE, requires=(), environment=None, about="")
     stages.PREPARE = measure.WORKER = measure.SPEED = MODULE
-    stages.engine_for = lambda config: engine
+    one_program.engine_for = lambda config: engine
 
 
 def prepare_home(root: Path, settings: str = "") -> None:

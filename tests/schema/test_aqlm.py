@@ -174,6 +174,11 @@ def test_no_epochs_or_nothing_to_update_is_no_tuning():
         ({"finetune_config": {"monkeypatch_old_pickle": True}}, "finetune_config.monkeypatch_old_pickle", "pickles"),
         ({"finetune_config": {"microbatch_size": 3}}, "finetune_config.microbatch_size", "divide batch_size 128"),
         ({"finetune_config": {"max_code_change_per_step": 0}}, "finetune_config.max_code_change_per_step", "at least"),
+        (
+            {"finetune_config": {"max_epochs": 2, "P_ONLY_EPOCHS": 3}},
+            "finetune_config.P_ONLY_EPOCHS",
+            "allowed are 0 to 2",
+        ),
         ({"finetune_config": {"delta_decay": 1.5}}, "finetune_config.delta_decay", "at most 1.0"),
         (
             {**small(nbits_per_codebook=2), "finetune_config": {"beam_size": 5}},

@@ -1,0 +1,74 @@
+"""The text on which a quantized model is tuned, as token sequences: what is trained on, and what decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from backend.engines.aqlm_plan import tune_settings
+from backend.errors import ConfigError, ConfigErrors
+from backend.schema import AQLMSettings, JobConfig
+from backend.sources.calibration import Encoder, token_sequences
+
+DATA_KEY = "llm.AQLM.FINETUNE_DATA"
+LARGEST_SHARE = 4  # a default validation takes at most one in so many sequences
+
+
+def tuning_sequences(config: JobConfig, rows: Iterable[Any], encode: Encoder) -> list[list[int]]:
+    """Cut the tuning text into sequences.
+
+    Args:
+        config: The job, whose algorithm is AQLM.
+        rows: Of the text, one or several at a time.
+        encode: Tokenizes a batch of rows.
+
+    Returns:
+        Sequences of `finetune_config.model_seqlen` tokens each, as many as were asked for or the text has.
+
+    Raises:
+        DataError: If there is not one, or (PACKING full) not enough.
+    """
+    settings, calibration = _settings(config), config.calibration
+    packing: Literal["join", "full"] = "full" if calibration.PACKING == "full" else "join"
+    return token_sequences(
+        rows,
+        encode,
+        samples=settings.FINETUNE_DATA.SAMPLES or calibration.SAMPLES,
+        length=settings.finetune_config.model_seqlen,
+        shuffle=calibration.SHUFFLE,
+        seed=calibration.SEED,
+        packing=packing,
+    )
+
+
+def held_out(config: JobConfig, sequences: int) -> int:
+    """How many of the last sequences decide which step's model is kept.
+
+    Raises:
+        ConfigErrors: If no training sequences are left, or fewer than make a batch.
+    """
+    settings = _settings(config)
+    wanted = settings.FINETUNE_DATA.VAL_SAMPLES
+    most = max(1, sequences // LARGEST_SHARE)
+    held = wanted if wanted is not None else min(settings.calibration_config.val_size or most, most)
+    if held >= sequences:
+        message = (
+            f"found {held}, and the tuning text makes {sequences} sequences of {settings.finetune_config.model_seqlen} "
+            f"tokens; give more text or shorter sequences (finetune_config.model_seqlen), or set it to 1 to "
+            f"{max(1, sequences - 1)}"
+        )
+        raise ConfigErrors([ConfigError(message, key=f"{DATA_KEY}.VAL_SAMPLES", value=held)])
+    tune = tune_settings(settings)
+    assert tune is not None  # else there is no tuning text
+    try:
+        tune.steps(sequences - held)
+    except ConfigError as error:
+        key = f"llm.AQLM.finetune_config.{error.key}"
+        raise ConfigErrors([ConfigError(error.detail, key=key, value=error.value)]) from None
+    return held
+
+
+def _settings(config: JobConfig) -> AQLMSettings:
+    settings = config.algorithm_settings
+    assert isinstance(settings, AQLMSettings)
+    return settings
