@@ -11,6 +11,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from ui.pareto import Point, front
+
 BASELINE = "#6b788a"
 QUANTIZED = "#178a82"
 RTN = "#c98a2b"
@@ -19,6 +21,8 @@ CLEAR = "rgba(0,0,0,0)"
 GREY = "#7f8b9b"
 
 Row = Mapping[str, Any]
+
+_BARS = {"type": "data", "symmetric": False, "thickness": 1.4, "width": 5, "color": GREY}
 
 
 def _layout(figure: go.Figure, heading: str, y_title: str, height: int) -> go.Figure:
@@ -125,6 +129,58 @@ def size_against(y_title: str, baseline: tuple[float, float], points: Sequence[t
     return figure.update_yaxes(rangemode="normal", zeroline=False)
 
 
+def cost_against_divergence(x_title: str, points: Sequence[Point]) -> go.Figure:
+    """What each model takes against its divergence from the base model; the line joins those that no other one beats.
+
+    Args:
+        x_title: What they take.
+        points: The models; their divergences are above 0, since the axis is logarithmic.
+    """
+    figure, best = go.Figure(), front(points)
+    figure.add_scatter(
+        x=[p.cost for p in best],
+        y=[p.divergence for p in best],
+        name="Best for its size",
+        mode="lines",
+        line={"color": BASELINE, "width": 1.4, "dash": "dot"},
+        hoverinfo="skip",
+    )
+    rows = [(p.label, p.cost, math.log10(p.divergence)) for p in points]
+    figure.add_scatter(
+        x=[p.cost for p in points],
+        y=[p.divergence for p in points],
+        text=[p.label for p in points],
+        name="Quantized",
+        mode="markers+text",
+        textposition=_text_positions(rows, [row[1:] for row in rows]),
+        marker={"size": 11, "color": QUANTIZED},
+        error_y=_intervals(points),
+        hovertemplate="%{text}<br>%{x:.4g}<br>%{y:.3g} nats/token<extra></extra>",
+        cliponaxis=False,
+    )
+    _layout(figure, "KL divergence against " + x_title.partition(" (")[0] + " ↙", "nats/token", 380)
+    figure.update_layout(hovermode="closest", showlegend=False)
+    figure.update_xaxes(title={"text": x_title}, rangemode="tozero", showgrid=True)
+    return figure.update_yaxes(type="log", rangemode="normal", zeroline=False, dtick="D2" if _narrow(points) else 1)
+
+
+def _narrow(points: Sequence[Point]) -> bool:
+    """Whether an axis with powers of ten alone would have hardly a tick."""
+    values = [p.divergence for p in points]
+    return max(values) < 300 * min(values)
+
+
+def _intervals(points: Sequence[Point]) -> dict[str, Any] | None:
+    if not any(p.interval for p in points):
+        return None
+    bounds = [p.interval or (p.divergence, p.divergence) for p in points]
+    return {
+        **_BARS,
+        "array": [high - p.divergence for p, (_, high) in zip(points, bounds, strict=True)],
+        "arrayminus": [p.divergence - low for p, (low, _) in zip(points, bounds, strict=True)],
+    }
+
+
 def _text_positions(rows: Sequence[tuple[str, float, float]], everything: Sequence[tuple[float, ...]]) -> list[str]:
     """Where each label stands: beside its point, turned inwards at the right edge, stacked where points crowd."""
     widths = [max(values) - min(values) or 1.0 for values in zip(*everything, strict=True)]
@@ -141,6 +197,8 @@ def _text_positions(rows: Sequence[tuple[str, float, float]], everything: Sequen
 def comparison(heading: str, y_title: str, rows: Sequence[tuple[str, Row]]) -> go.Figure:
     """Baseline beside quantized for each job, all of one metric and one protocol.
 
+    Distances from the baseline stand alone: the baseline's own is nothing.
+
     The error bars are the 95 % interval of the difference (paired, same samples), drawn on the quantized bar.
 
     Args:
@@ -150,7 +208,9 @@ def comparison(heading: str, y_title: str, rows: Sequence[tuple[str, Row]]) -> g
     """
     labels = [_wrapped(label) for label, _ in rows]
     figure = go.Figure()
-    for name, key, color in (("Baseline", "baseline", BASELINE), ("Quantized", "quantized", QUANTIZED)):
+    bars = (("Baseline", "baseline", BASELINE), ("Quantized", "quantized", QUANTIZED))
+    bars = bars if any(row["baseline"] for _, row in rows) else bars[1:]
+    for name, key, color in bars:
         values = [float(row[key]) for _, row in rows]
         figure.add_bar(
             x=labels,
@@ -158,9 +218,10 @@ def comparison(heading: str, y_title: str, rows: Sequence[tuple[str, Row]]) -> g
             name=name,
             marker={"color": color, "line": {"width": 0}},
             text=[f"{v:.4g}" for v in values],
-            textposition="inside",
+            textposition="inside" if len(bars) == 2 else "auto",
             insidetextanchor="middle",
-            textfont={"color": "#ffffff", "size": 12.5},
+            insidetextfont={"color": "#ffffff", "size": 12.5},
+            outsidetextfont={"color": GREY, "size": 12.5},
             hovertemplate="%{y:.5g}",
             error_y=_error_bars([row for _, row in rows]) if key == "quantized" else None,
         )
@@ -173,13 +234,9 @@ def _error_bars(rows: Sequence[Row]) -> dict[str, Any] | None:
         return None
     intervals = [row.get("interval") or (row["impact"], row["impact"]) for row in rows]
     return {
-        "type": "data",
-        "symmetric": False,
+        **_BARS,
         "array": [max(0.0, high - row["impact"]) for row, (_, high) in zip(rows, intervals, strict=True)],
         "arrayminus": [max(0.0, row["impact"] - low) for row, (low, _) in zip(rows, intervals, strict=True)],
-        "thickness": 1.4,
-        "width": 5,
-        "color": GREY,
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backend.evaluate.combined import Cell, Line, combine
-from backend.evaluate.report import decimals
+from backend.evaluate.report import decimals, format_value
 from backend.evaluate.report import title as metric_title
 from ui.format import significant
 from ui.layout import esc
@@ -20,7 +20,7 @@ def value_text(row: Row, value: float) -> str:
 
     It gets as many decimals as make the row's impact visible, the same as in the command line's table.
     """
-    return f"{value:.{decimals(dict(row))}f} {row.get('unit') or ''}".strip()
+    return f"{format_value(dict(row), value)} {row.get('unit') or ''}".strip()
 
 
 def _difference(row: Row, value: float) -> str:
@@ -38,10 +38,10 @@ def impact_text(row: Row) -> str:
 def impact_class(row: Row) -> str:
     """CSS class of an impact: better, worse, or neither.
 
-    A measured number is only called better or worse if its interval excludes zero; sizes have no noise.
+    A measured number is only called better or worse if its interval excludes zero; sizes and bits have no noise.
     """
     impact, interval = row["impact"], row.get("interval")
-    certain = row["metric"] == "size" if not interval else not interval[0] <= 0 <= interval[1]
+    certain = row["metric"] in ("size", "bits per weight") if not interval else not interval[0] <= 0 <= interval[1]
     if not impact or not certain:
         return "qd-delta-none"
     return "qd-delta-good" if (impact > 0) == bool(row["higher_is_better"]) else "qd-delta-bad"
@@ -126,7 +126,7 @@ def _cell(cell: Cell | None) -> str:
     if cell is None:
         return '<td class="qd-num qd-muted">-</td>'
     below = ""
-    if cell.row is not None:
+    if cell.row is not None and cell.impact:
         below = f'<span class="qd-sub"><span class="{impact_class(cell.row)}">{esc(cell.impact)}</span></span>'
     return f'<td class="qd-num">{esc(cell.value)}{below}</td>'
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backend.evaluate.report import Row, decimals
+from backend.evaluate.report import DISTANCES, Row, decimals, format_value
 
 _PERPLEXITY = re.compile(r"Perplexity \([^,]*, (.+)\)$")
-_METRICS = ("size", "perplexity", "accuracy", "tokens/s")
+_METRICS = ("size", "bits per weight", "KL divergence", "top-1 flips", "perplexity", "accuracy", "tokens/s")
+_BITS = "Stored bits, "
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value; of a configuration also the signed impact and the row that it comes from."""
+    """A value; of a configuration also the row that it comes from, and its signed impact.
+
+    A distance from the baseline is its own impact: beside it stands half of its 95 % interval.
+    """
 
     value: str
     impact: str = ""
@@ -65,7 +69,9 @@ def combine(results: Sequence[Mapping[str, Any]]) -> tuple[list[Column], list[Li
     keys = sorted(found, key=lambda key: _METRICS.index(key[0]))
     columns = [_column(found[key][0]) for key in keys]
     places = [max(decimals(row) for row in found[key]) for key in keys]
-    base = tuple(Cell(f"{found[key][0]['baseline']:.{n}f}") for key, n in zip(keys, places, strict=True))
+    base = tuple(
+        Cell(format_value(found[key][0], found[key][0]["baseline"], n)) for key, n in zip(keys, places, strict=True)
+    )
     lines = [Line("", "Baseline, 16 bit", base)]
     for result in results:
         own = {(row["metric"], row["name"], row["protocol_id"]): row for row in result["rows"]}
@@ -87,13 +93,18 @@ def combined_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def short_name(row: Row) -> str:
     """A row's name without what all configurations share, e.g. `Perplexity, gptq`."""
+    if row["metric"] in DISTANCES:
+        return str(row["metric"][0].upper() + row["metric"][1:])
+    if row["metric"] == "bits per weight":
+        which = str(row["name"]).removeprefix(_BITS)
+        return "Bits per weight" if which == "quantized Linears" else f"Bits per weight, {which}"
     match = _PERPLEXITY.match(str(row["name"]))
     return f"Perplexity, {match.group(1)}" if match else str(row["name"])
 
 
 def _column(row: Row) -> Column:
     name = "Decode" if row["metric"] == "tokens/s" else short_name(row)
-    unit = f" ({row['unit']})" if row["unit"] else ""
+    unit = f" ({row['unit']})" if row["unit"] not in ("", "bits") else ""
     arrow = "↑" if row["higher_is_better"] else "↓"
     return Column(f"{name}{unit} {arrow}", row["protocol"], row["name"], row["metric"])
 
@@ -101,11 +112,15 @@ def _column(row: Row) -> Column:
 def _cell(row: Row | None, places: int) -> Cell | None:
     if row is None:
         return None
+    if row["metric"] == "KL divergence":  # of 8 and of 2 bits differ a thousandfold: each has digits of its own
+        places = decimals(row)
     if row["metric"] in ("size", "tokens/s") and row["baseline"]:
         impact = f"{100 * row['impact'] / row['baseline']:+.0f} %"
+    elif row["metric"] in DISTANCES:
+        impact = f"±{row['interval'][1] - row['impact']:.{places}f}" if row["interval"] else ""
     else:
         impact = f"{row['impact']:+.{places}f}"
-    return Cell(f"{row['quantized']:.{places}f}", impact, row)
+    return Cell(format_value(row, row["quantized"], places), impact, row)
 
 
 def _text(cell: Cell | None) -> str:

@@ -153,9 +153,11 @@ def format_values(row: Row) -> tuple[str, str, str]:
     )
 
 
-def format_value(row: Row, value: float) -> str:
-    """A value with a row's decimals; a distance of nothing is a plain 0."""
-    return "0" if row["metric"] in DISTANCES and not value else f"{value:.{decimals(row)}f}"
+def format_value(row: Row, value: float, places: int | None = None) -> str:
+    """A value with a row's decimals (or so many); a distance of nothing is a plain 0."""
+    if row["metric"] in DISTANCES and not value:
+        return "0"
+    return f"{value:.{decimals(row) if places is None else places}f}"
 
 
 def decimals(row: Row) -> int:

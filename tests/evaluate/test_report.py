@@ -12,6 +12,7 @@ import pytest
 from backend.evaluate.metrics import Metric, ProtocolError
 from backend.evaluate.report import build_rows, format_table
 from backend.evaluate.stats import corpus_perplexity
+from backend.formats.bits import StoredBits
 from backend.paths import PROJECT
 
 
@@ -94,6 +95,18 @@ def test_small_models_are_shown_in_megabytes() -> None:
     assert (row["unit"], row["baseline"], row["quantized"]) == ("MB", pytest.approx(25.3), pytest.approx(7.1))
 
 
+def test_bits_are_those_of_the_quantized_linears_and_of_all_where_some_were_not() -> None:
+    def rows(quantized: StoredBits) -> list[tuple[str, float, float]]:
+        found = build_rows({"metrics": []}, {"metrics": []}, bits=(StoredBits(None, 16.0, 100, 100), quantized))
+        assert all((row["metric"], row["unit"], row["interval"]) == ("bits per weight", "bits", None) for row in found)
+        return [(row["name"], row["baseline"], row["quantized"]) for row in found]
+
+    only, every = "Stored bits, quantized Linears", "Stored bits, all Linears of the layers"
+    assert rows(StoredBits(2.25, 2.25, 100, 0)) == [(only, 16.0, 2.25)]
+    assert rows(StoredBits(2.25, 3.6, 100, 10)) == [(only, 16.0, 2.25), (every, 16.0, 3.6)]
+    assert rows(StoredBits(None, 16.0, 100, 100)) == [(every, 16.0, 16.0)]
+
+
 def test_different_protocols_never_share_a_row() -> None:
     other = {"metrics": [QUANT["metrics"][0], perplexity([2.0] * 9, window=2048)]}
     with pytest.raises(ProtocolError, match="window: 512, 2048"):
@@ -125,7 +138,7 @@ def test_reused_baseline_is_dated_but_speed_is_not() -> None:
 
 
 def test_what_pages_import_does_not_import_torch() -> None:
-    modules = "report, cache, tasks, speed, worker"
+    modules = "report, cache, tasks, speed, fidelity, worker"
     code = (
         f"import sys; from backend.evaluate import {modules}; import backend.chat.client, backend.chat.side_by_side; "
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"

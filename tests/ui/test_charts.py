@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from ui.charts import comparison, layer_errors, size_against
+from ui.charts import comparison, cost_against_divergence, layer_errors, size_against
 from ui.format import ago, count, duration, size
+from ui.pareto import Point, divergence_points
 
 
 def test_layer_chart_shows_both_methods_in_percent():
@@ -42,6 +43,51 @@ def test_sizes_against_scores_mark_the_baseline_and_label_the_points():
     assert (list(base.x), list(base.y), base.marker.symbol) == ([12.6], [2.5], "diamond")
     assert list(points.text) == ["w4", "w3"] and list(points.x) == [5.6, 4.8]
     assert figure.layout.shapes[0].y0 == 2.5
+
+
+def rows(kl, bits=None, size=5.0, interval=None, protocol="p", more_bits=None):
+    """What a job measured of one configuration."""
+    found = [
+        {"metric": "size", "unit": "MB", "quantized": size},
+        {"metric": "KL divergence", "quantized": kl, "interval": interval, "protocol_id": protocol},
+    ]
+    return found + [{"metric": "bits per weight", "quantized": b} for b in (bits, more_bits) if b is not None]
+
+
+def test_divergence_is_drawn_against_bits_and_the_best_are_joined():
+    found = divergence_points(
+        [("w4", rows(7e-4, 4.2, interval=[6e-4, 8e-4])), ("w2", rows(0.02, 2.1)), ("bad", rows(0.03, 3.1))]
+    )
+    assert found == (
+        "stored bits per weight",
+        [Point("w4", 4.2, 7e-4, (6e-4, 8e-4)), Point("w2", 2.1, 0.02), Point("bad", 3.1, 0.03)],
+    )
+    line, points = cost_against_divergence(*found).data
+    assert (list(line.x), list(line.y)) == ([2.1, 4.2], [0.02, 7e-4])
+    assert list(points.text) == ["w4", "w2", "bad"] and list(points.error_y.array) == pytest.approx([1e-4, 0, 0])
+    assert cost_against_divergence(*found).layout.yaxis.type == "log"
+
+
+def test_divergence_of_one_protocol_only_and_never_of_one_model_alone():
+    assert divergence_points([("a", rows(0.1, 2.0))]) is None
+    assert divergence_points([("a", rows(0.1, 2.0)), ("b", rows(0.1, 2.0, protocol="other"))]) is None
+    assert divergence_points([("a", rows(0.1, 2.0)), ("same", rows(0.0, 16.0))]) is None
+    three = [("a", rows(0.1, 2.0)), ("b", rows(0.2, 2.0, protocol="other")), ("c", rows(0.3, 3.0))]
+    assert [p.label for p in divergence_points(three)[1]] == ["a", "c"]
+
+
+def test_sizes_stand_in_for_bits_and_bits_of_all_linears_come_first():
+    axis, points = divergence_points([("a", rows(0.1, 2.0)), ("b", rows(0.2, size=7.0))])
+    assert axis == "size of the weight files (MB)" and [p.cost for p in points] == [5.0, 7.0]
+    axis, points = divergence_points([("a", rows(0.1, 2.0)), ("kept", rows(0.05, 2.0, more_bits=6.0))])
+    assert axis == "stored bits per weight" and [p.cost for p in points] == [2.0, 6.0]
+
+
+def test_a_distance_has_no_bar_of_the_baseline():
+    row = {"baseline": 0.0, "quantized": 0.0007, "impact": 0.0007, "interval": [0.0006, 0.0008]}
+    (only,) = comparison("KL divergence", "nats/token", [("job", row)]).data
+    assert only.name == "Quantized" and list(only.text) == ["0.0007"]
+    assert list(only.error_y.array) == pytest.approx([1e-4])
 
 
 def test_charts_work_in_light_and_dark():

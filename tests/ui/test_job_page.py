@@ -18,7 +18,21 @@ from ui.pages.job import IDLE_REFRESH_S, REFRESH_S
 
 NOBODY = SimpleNamespace(username=None)  # the request of a page that needs no login
 
-PARTS = ("seen", "timer", "said", "head", "facts", "result", "stages", "notes", "made", "history", "scatter", "chart")
+PARTS = (
+    "seen",
+    "timer",
+    "said",
+    "head",
+    "facts",
+    "result",
+    "stages",
+    "notes",
+    "made",
+    "history",
+    "tradeoff",
+    "scatter",
+    "chart",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Compare, `/compare?jobs=UID,UID`: baseline against quantized, job beside job, four charts and a table.
+"""Compare, `/compare?jobs=UID,UID`: baseline against quantized, job beside job, charts and a table.
 
 A job of several configurations can be chosen as a whole (by its address) or by configuration (in the list).
 A chart shows numbers of one protocol only. Where what was chosen was measured by several, one is picked in a list
@@ -17,14 +17,18 @@ from backend.errors import JobError
 from backend.jobs.results import full_name, measured
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
-from ui.charts import comparison
+from ui.charts import comparison, cost_against_divergence
 from ui.chat_pair import pair_key
 from ui.format import ago
 from ui.layout import card, empty, esc, link, page, plain, title
+from ui.pareto import divergence_points
 from ui.reading import briefly, find, store_notice
 from ui.resultview import metric_words, number_cells
 
-CHARTS = (("perplexity", "Perplexity"), ("accuracy", "Accuracy"), ("size", "Model size"), ("tokens/s", "Throughput"))
+CHARTS = (
+    ("perplexity", "Perplexity"), ("accuracy", "Accuracy"), ("KL divergence", "KL divergence"),
+    ("bits per weight", "Bits per weight"), ("size", "Model size"), ("tokens/s", "Throughput"),
+)  # fmt: skip
 LISTED = 200  # newest finished jobs in the list; any job can be asked for by the address
 MAX_ASKED = 50
 BYTE_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1.0}
@@ -62,8 +66,9 @@ def build(demo: gr.Blocks, home: Home) -> None:
             elem_id="compare-jobs",
             visible=False,
         )
+        tradeoff = gr.Plot(show_label=False, visible=False, elem_id="chart-tradeoff", elem_classes=["qd-plot"])
         pickers, plots, notes = {}, {}, {}
-        for pair in (CHARTS[:2], CHARTS[2:]):
+        for pair in (CHARTS[:2], CHARTS[2:4], CHARTS[4:]):
             with gr.Row(elem_classes=["qd-split"]):
                 for metric, name in pair:
                     with gr.Column(min_width=380):
@@ -119,7 +124,9 @@ def build(demo: gr.Blocks, home: Home) -> None:
             first = protocols[0] if protocols else None
             lists.append(gr.Dropdown(choices=protocols, value=first, visible=len(protocols) > 1))
             drawings += draw(chosen, metric, first)
-        return [*lists, *drawings, delta_table(chosen)]
+        points = divergence_points([(one.label, one.rows) for one in chosen])
+        best = gr.Plot(cost_against_divergence(*points), visible=True) if points else gr.Plot(visible=False)
+        return [best, *lists, *drawings, delta_table(chosen)]
 
     def draw(chosen: list[Measured], metric: str, protocol: str | None) -> list[Any]:
         rows = rows_for(chosen, metric, protocol)
@@ -130,7 +137,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         return [gr.Plot(figure_for(metric, rows), visible=True), gr.HTML(note, visible=bool(note))]
 
     drawn = [part for metric in metrics for part in (plots[metric], notes[metric])]
-    everything = [*(pickers[m] for m in metrics), *drawn, table]
+    everything = [tradeoff, *(pickers[m] for m in metrics), *drawn, table]
     demo.load(on_load, None, [nothing, chosen], **quiet).then(on_jobs, [chosen], everything, **quiet)
     chosen.input(on_jobs, [chosen], everything, **quiet)
     for metric in metrics:

@@ -19,12 +19,13 @@ from backend.jobs import control
 from backend.jobs.results import measured, results_of
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
-from ui.charts import layer_errors, size_against
+from ui.charts import cost_against_divergence, layer_errors, size_against
 from ui.jobview import actions, badges, history_table, overview, stage_list
 from ui.layout import ACTION_JS, card, empty, esc, link, notice, page
 from ui.logview import LOG_JS, frame_html, functions
 from ui.madeview import made, notes
 from ui.pages.jobs import act_on, actor_of, digest
+from ui.pareto import divergence_points
 from ui.reading import asked, briefly, find, store_notice
 from ui.resultview import combined_html, result_table
 
@@ -46,6 +47,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
                 stages = gr.HTML(elem_id="stages")
                 remarks = gr.HTML(visible=False, elem_id="notes")
             with gr.Column(scale=3, min_width=420):
+                tradeoff = gr.Plot(show_label=False, elem_id="tradeoff", elem_classes=["qd-plot"], visible=False)
                 scatter = gr.Plot(show_label=False, elem_id="sizes", elem_classes=["qd-plot"], visible=False)
                 chart = gr.Plot(show_label=False, elem_id="layers", elem_classes=["qd-plot"], visible=False)
         saved = gr.HTML(visible=False, elem_id="artefact")
@@ -64,7 +66,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         "head": head, "facts": facts, "result": result, "stages": stages, "notes": remarks, "made": saved,
         "history": history,
     }  # fmt: skip
-    outputs = [seen, timer, said, *parts.values(), scatter, chart]
+    outputs = [seen, timer, said, *parts.values(), tradeoff, scatter, chart]
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
     def show(now: Seen) -> list[Any]:
@@ -75,7 +77,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
             with briefly():
                 job = find(home, str(now.get("uid") or ""))
                 events = JobStore(home).history(job.uid) if job else []
-                charts = [_scatter(job, now), _chart(home, job, now)] if job else []
+                charts = [_tradeoff(job, now), _scatter(job, now), _chart(home, job, now)] if job else []
         except JobError as error:
             now["trouble"] = True
             now.pop("pace", None)
@@ -186,6 +188,14 @@ def _version(path: Path) -> tuple[int, int]:
 def _layers(home: Home, uid: str, version: tuple[int, int]) -> list[dict[str, Any]]:
     """The errors by layer, read once for all visitors as long as the job's events are of that version."""
     return control.layer_errors(home, uid)
+
+
+def _tradeoff(job: Job, now: Seen) -> Any:
+    found = divergence_points([(str(entry["name"]), entry["rows"]) for entry in measured(job.result)])
+    if found is None or found == now.get("tradeoff"):
+        return gr.skip()
+    now["tradeoff"] = found
+    return gr.Plot(cost_against_divergence(*found), visible=True)
 
 
 def _scatter(job: Job, now: Seen) -> Any:
