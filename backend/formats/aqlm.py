@@ -116,7 +116,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: AdditiveScheme) -> AdditiveWei
     half = words // 2
     if codes.numel() and (int(codes.min()) < -half or int(codes.max()) >= half):
         raise CheckpointError(
-            f"codes lie between {int(codes.min())} and {int(codes.max())}; beyond {-half}..{half - 1}"
+            f"codes lie between {int(codes.min())} and {int(codes.max())}; allowed are {-half} to {half - 1}"
         )
     for part, tensor in (("codebooks", codebooks), ("scales", scales)):
         if not tensor.is_floating_point():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from backend.errors import CheckpointError, EngineError, ModelError, QuantdeckError
 from backend.formats.additive_reader import read_additive
 from backend.formats.remote_code import remote_code_allowed
+from backend.paths import PROJECT
 from backend.process import PARENT_VARIABLE, die_with_starter
 
 SAMPLES, LENGTH, SEED = 2, 24, 0
@@ -67,7 +68,7 @@ def check_reload(model_dir: Path | str) -> Reload:
             stdout=subprocess.PIPE,
             stderr=said,
             env={**os.environ, **ONE_THREAD, PARENT_VARIABLE: str(os.getpid())},
-            cwd=Path(__file__).parents[2],
+            cwd=PROJECT,
             text=True,
             check=False,
         )
@@ -95,21 +96,14 @@ def compare(folder: Path) -> Reload:
     peer = _peers_model(folder)
     names = _check_linears(folder, peer)
     _check_weights(folder, peer, names)
-    ids = _tokens(peer.config.get_text_config().vocab_size)
+    ids = _tokens(peer.config.get_text_config())
     theirs = _logits(peer, ids)
     del peer
     gc.collect()
     from backend.formats.loader import load_model
 
     ours = _logits(load_model(folder, dtype=torch.float32, packed_codes=True), ids)
-    difference = float((theirs - ours).abs().max() / ours.std())
-    if not difference <= TOLERANCE:  # a NaN is no agreement
-        raise CheckpointError(
-            f"{folder}: with transformers and aqlm the logits differ from those of the dequantised model by up to "
-            f"{difference:.2g} of their standard deviation; allowed is {TOLERANCE:g}. All quantized weights are equal, "
-            "so it is another tensor or the kernel."
-        )
-    return Reload(len(names), difference)
+    return Reload(len(names), _difference(folder, theirs, ours))
 
 
 def _peers_model(folder: Path) -> Any:
@@ -172,8 +166,21 @@ def _check_weights(folder: Path, peer: nn.Module, names: dict[str, str]) -> None
             )
 
 
-def _tokens(vocabulary: int) -> Tensor:
-    return torch.randint(0, vocabulary, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(SEED))
+def _tokens(config: Any) -> Tensor:
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    return torch.randint(0, config.vocab_size, (SAMPLES, length), generator=torch.Generator().manual_seed(SEED))
+
+
+def _difference(folder: Path, theirs: Tensor, ours: Tensor) -> float:
+    """The largest difference of logits in standard deviations of ours; refused beyond the tolerance."""
+    difference = float((theirs - ours).abs().max() / ours.std())
+    if not difference <= TOLERANCE:  # a NaN is no agreement
+        raise CheckpointError(
+            f"{folder}: with transformers and aqlm the logits differ from those of the dequantised model by up to "
+            f"{difference:.2g} of their standard deviation; allowed is {TOLERANCE:g}. All quantized weights are equal, "
+            "so it is another tensor or the kernel."
+        )
+    return difference
 
 
 @torch.no_grad()

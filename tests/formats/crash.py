@@ -23,6 +23,8 @@ import torch
 
 from backend.files import write_json
 from backend.formats.writer import CheckpointWriter
+from backend.quantize.aqlm.scheme import AdditiveScheme
+from tests.formats.additive import random_additive
 from tests.formats.models import random_weight
 
 SHARD = 3000
@@ -40,7 +42,10 @@ def job(source: Path, out: Path, state_file: Path, layout: str) -> None:
         done = state["done"]
     for step in range(done, STEPS):
         writer.add(f"model.layers.{step}.norm.weight", torch.full((100 + step,), float(step)))
-        if step % 3 != 1:
+        if step % 3 != 1 and layout == "aqlm":
+            weight = random_additive(16, 96, AdditiveScheme(2, 4, 8), seed=step)
+            writer.add_additive(f"model.layers.{step}.fc", weight, torch.full((16,), 0.5))
+        elif step % 3 != 1:
             writer.add_linear(f"model.layers.{step}.fc", random_weight(16, 96, 32), torch.full((16,), 0.5))
         writer.add(f"model.layers.{step}.other", torch.full((7,), step, dtype=torch.int8))
         write_json(state_file, {"done": step + 1, "writer": writer.commit()})

@@ -25,7 +25,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("source"), num_hidden_layers=1)
 
 
-@pytest.mark.parametrize(("layout", "stride"), [("compressed-tensors", 7), ("autoawq-gemm", 23)])
+@pytest.mark.parametrize(("layout", "stride"), [("compressed-tensors", 7), ("autoawq-gemm", 23), ("aqlm", 11)])
 def test_killed_anywhere(tmp_path: Path, source: Path, layout: str, stride: int) -> None:
     command = [sys.executable, "-m", "tests.formats.crash", str(source), str(tmp_path), layout, str(stride)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
