@@ -17,6 +17,7 @@ BASELINE = "#6b788a"
 QUANTIZED = "#178a82"
 RTN = "#c98a2b"
 SERIES = (QUANTIZED, "#7a5bc0", "#2f6fd0", "#b5487a", "#6f8a1f", "#c1602c", "#3f9bb0", "#8d6e53")
+ROOM = 1.3  # of an axis whose labels stand on the right of their points
 CLEAR = "rgba(0,0,0,0)"
 GREY = "#7f8b9b"
 
@@ -152,7 +153,7 @@ def cost_against_divergence(x_title: str, points: Sequence[Point]) -> go.Figure:
         text=[p.label for p in points],
         name="Quantized",
         mode="markers+text",
-        textposition=_text_positions(rows, [row[1:] for row in rows]),
+        textposition=_text_positions(rows, [row[1:] for row in rows], edge=1.0),  # the line comes from the left
         marker={"size": 11, "color": QUANTIZED},
         error_y=_intervals(points),
         hovertemplate="%{text}<br>%{x:.4g}<br>%{y:.3g} nats/token<extra></extra>",
@@ -160,8 +161,9 @@ def cost_against_divergence(x_title: str, points: Sequence[Point]) -> go.Figure:
     )
     _layout(figure, "KL divergence against " + x_title.partition(" (")[0] + " ↙", "nats/token", 380)
     figure.update_layout(hovermode="closest", showlegend=False)
-    figure.update_xaxes(title={"text": x_title}, rangemode="tozero", showgrid=True)
-    return figure.update_yaxes(type="log", rangemode="normal", zeroline=False, dtick="D2" if _narrow(points) else 1)
+    figure.update_xaxes(title={"text": x_title}, range=[0, ROOM * max(p.cost for p in points)], showgrid=True)
+    ticks = "D2" if _narrow(points) else 1
+    return figure.update_yaxes(type="log", rangemode="normal", zeroline=False, dtick=ticks, tickformat="~g")
 
 
 def _narrow(points: Sequence[Point]) -> bool:
@@ -176,15 +178,18 @@ def _intervals(points: Sequence[Point]) -> dict[str, Any] | None:
     bounds = [p.interval or (p.divergence, p.divergence) for p in points]
     return {
         **_BARS,
+        "width": 0,  # caps would make squares of the points
         "array": [high - p.divergence for p, (_, high) in zip(points, bounds, strict=True)],
         "arrayminus": [p.divergence - low for p, (low, _) in zip(points, bounds, strict=True)],
     }
 
 
-def _text_positions(rows: Sequence[tuple[str, float, float]], everything: Sequence[tuple[float, ...]]) -> list[str]:
-    """Where each label stands: beside its point, turned inwards at the right edge, stacked where points crowd."""
+def _text_positions(
+    rows: Sequence[tuple[str, float, float]], everything: Sequence[tuple[float, ...]], *, edge: float = 0.7
+) -> list[str]:
+    """Where each label stands: beside its point, turned inwards near the right edge, stacked where points crowd."""
     widths = [max(values) - min(values) or 1.0 for values in zip(*everything, strict=True)]
-    right = 0.7 * max(x for x, _ in everything)
+    right = edge * max(x for x, _ in everything)
     placed: list[tuple[float, float]] = []
     positions = []
     for _, x, y in rows:
@@ -218,7 +223,7 @@ def comparison(heading: str, y_title: str, rows: Sequence[tuple[str, Row]]) -> g
             name=name,
             marker={"color": color, "line": {"width": 0}},
             text=[f"{v:.4g}" for v in values],
-            textposition="inside" if len(bars) == 2 else "auto",
+            textposition=["inside" if len(bars) == 2 or v > 0.15 * max(values) else "outside" for v in values],
             insidetextanchor="middle",
             insidetextfont={"color": "#ffffff", "size": 12.5},
             outsidetextfont={"color": GREY, "size": 12.5},

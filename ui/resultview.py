@@ -127,7 +127,8 @@ def _cell(cell: Cell | None) -> str:
         return '<td class="qd-num qd-muted">-</td>'
     below = ""
     if cell.row is not None and cell.impact:
-        below = f'<span class="qd-sub"><span class="{impact_class(cell.row)}">{esc(cell.impact)}</span></span>'
+        css = "qd-muted" if cell.impact.startswith("±") else impact_class(cell.row)
+        below = f'<span class="qd-sub"><span class="{css}">{esc(cell.impact)}</span></span>'
     return f'<td class="qd-num">{esc(cell.value)}{below}</td>'
 
 
