@@ -172,7 +172,7 @@ def _metric(
     from backend.evaluate.stats import mean_stderr
 
     summary = (
-        f"{name}, mean over {protocol['windows']} of {protocol['windows_of_text']} windows of {protocol['window']}, "
+        f"mean over {protocol['windows']} of {protocol['windows_of_text']} windows of {protocol['window']}, "
         f"{protocol['tokens']} predictions; base {protocol['base']}; {protocol['text']}; {protocol['dtype']}, "
         f"{protocol['device']}"
     )

@@ -69,7 +69,11 @@ def _bits_metric(which: str, bits: float) -> Metric:
         stderr=None,
         unit="bits",
         higher_is_better=False,
-        protocol={"name": "bits", "summary": f"{which}: codes, scales, zeros and codebooks on disk, per weight"},
+        protocol={
+            "name": "bits",
+            "linears": which,
+            "summary": "codes, scales, zeros and codebooks on disk, per weight",
+        },
         samples=[],
     )
 
