@@ -91,8 +91,9 @@ def validate(args: argparse.Namespace, home: Home) -> int:
         print(f"note: {note}", file=sys.stderr)
     print(f"{args.config}: valid ({config.ALGORITHM} of {config.MODEL} on {checked.device})")
     for configuration in checked.configurations:
-        size = checked.predicted.get(configuration.name)
-        print(f"  {configuration.label}" + (f": {size / 1e6:.1f} MB of weights" if size else ""))
+        size, bits = checked.predicted.get(configuration.name), checked.bits.get(configuration.name)
+        told = [f"{size / 1e6:.1f} MB of weights" if size else "", f"{bits:.2f} bits per weight" if bits else ""]
+        print(f"  {configuration.label}" + (f": {', '.join(filter(None, told))}" if any(told) else ""))
     return 0
 
 

@@ -45,11 +45,13 @@ def _layout(figure: go.Figure, heading: str, y_title: str, height: int) -> go.Fi
 
 
 def layer_errors(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -> go.Figure:
-    """Output error of each decoder layer: every configuration, and plain rounding to nearest (dashed).
+    """Output error of each decoder layer: every configuration, and (dashed) what it is to be compared with.
+
+    That is plain rounding to nearest, or the layer before its finetuning.
 
     Args:
-        rows: `layer`, `error`, `rtn_error` (relative, 0 to 1; None where the engine does not know it), and
-            `configuration` if there are several, in the order of the layers.
+        rows: `layer`, `error`, `rtn_error`, `before_error` (relative, 0 to 1; None where the engine does not know it),
+            and `configuration` if there are several, in the order of the layers.
         labels: Names of the configurations for people.
     """
     figure = go.Figure()
@@ -66,6 +68,8 @@ def layer_errors(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -
             several = len(groups) > 1
             title = f"Round to nearest, as {label}" if several else "Round to nearest"
             _layer_line(figure, own, "rtn_error", title, color if several else RTN, "dash")
+        if any(row.get("before_error") not in (None, row["error"]) for row in own):
+            _layer_line(figure, own, "before_error", "Before block finetuning", RTN, "dash")
         _layer_line(figure, own, "error", label, color, "solid")
     _layout(figure, "Output error by layer", "relative error (%)", 340 + 12 * len(groups))
     if len(groups) > 1:
@@ -75,6 +79,46 @@ def layer_errors(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -
     figure.update_layout(hovermode="x unified")
     most = max((len(own) for own in groups.values()), default=0)
     return figure.update_xaxes(title={"text": "decoder layer"}, dtick=max(1, most // 16), tick0=0)
+
+
+def tuning_curve(rows: Sequence[Row]) -> go.Figure:
+    """How the divergence from the base model falls while the whole model is tuned.
+
+    Args:
+        rows: `step`, `loss` (on the step's own text) and `validation` (None where it was not measured), nats per token.
+    """
+    figure = go.Figure()
+    losses = [row for row in rows if row.get("loss") is not None]
+    measured = [row for row in rows if row.get("validation") is not None]
+    figure.add_scatter(
+        x=[row["step"] for row in losses],
+        y=[row["loss"] for row in losses],
+        name="Text of the step",
+        mode="lines",
+        line={"color": BASELINE, "width": 1.4},
+        hovertemplate="%{y:.3g}",
+    )
+    figure.add_scatter(
+        x=[row["step"] for row in measured],
+        y=[row["validation"] for row in measured],
+        name="Validation text",
+        mode="lines+markers",
+        line={"color": QUANTIZED, "width": 2.2},
+        marker={"size": 7, "color": QUANTIZED},
+        hovertemplate="%{y:.3g}",
+    )
+    if measured:
+        best = min(measured, key=lambda row: float(row["validation"]))
+        figure.add_scatter(
+            x=[best["step"]],
+            y=[best["validation"]],
+            name="Best, kept",
+            mode="markers",
+            marker={"size": 13, "color": CLEAR, "line": {"color": QUANTIZED, "width": 2}},
+            hovertemplate="%{y:.4g}",
+        )
+    _layout(figure, "Tuning: divergence from the base model ↙", "nats/token", 352)
+    return figure.update_xaxes(title={"text": "step"})
 
 
 def _alike(a: Sequence[float], b: Sequence[float]) -> bool:

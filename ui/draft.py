@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from backend.errors import ConfigError
-from backend.schema import ALGORITHMS, DEMO, SECTIONS, Document, FieldSpec, JobConfig, describe, parse_yaml
+from backend.schema import ALGORITHMS, DEMO, SECTIONS, Document, FieldSpec, JobConfig, describe, parse_yaml, sections
 
 UNSET = ""
 """What a control shows for a choice that is left to its default; Gradio has no None among choices."""
@@ -66,7 +66,8 @@ class FormField:
 def form_fields() -> tuple[FormField, ...]:
     """Every setting of the schema, in the order of the file: top level, algorithms, our own sections."""
     places: list[tuple[tuple[str, ...], type[BaseModel]]] = [((), JobConfig)]
-    places += [(("llm", name), model) for name, model in ALGORITHMS.items()]
+    for name, algorithm in ALGORITHMS.items():
+        places += sections(algorithm, ("llm", name))
     places += [((name,), model) for name, model in SECTIONS.items()]
     return tuple(FormField((*prefix, spec.key), spec) for prefix, model in places for spec in describe(model))
 

@@ -56,11 +56,20 @@ def control(field: FormField, value: Any, suggestions: Sequence[tuple[str, str]]
         kind = gr.Radio if len(choices) <= MOST_BUTTONS else gr.Dropdown
         return kind(choices=choices, **common)
     if spec.type in ("int", "float"):
-        placeholder = "" if spec.default is not None or spec.required else "all"
+        placeholder = "" if spec.default is not None or spec.required else spec.empty
         return gr.Number(placeholder=placeholder, **common)
     if spec.type == "list" and spec.choices:
         return gr.CheckboxGroup(choices=list(spec.choices), **common)
     return gr.Textbox(max_lines=1, **common)
+
+
+def fields_of(section: str, *, advanced: bool | None = None, ignored: bool = False) -> list[FormField]:
+    """The settings of a section, as for `Form.section`."""
+    return [
+        f
+        for f in FIELDS
+        if f.spec.section == section and f.spec.ignored is ignored and advanced in (None, f.spec.advanced)
+    ]
 
 
 class Form:
@@ -84,12 +93,7 @@ class Form:
             advanced: Only the advanced (True) or only the simple (False) ones; None for all.
             ignored: Only those that no program reads (True), or only those that are read.
         """
-        rows = [
-            f
-            for f in FIELDS
-            if f.spec.section == name and f.spec.ignored is ignored and advanced in (None, f.spec.advanced)
-        ]
-        self.place(rows)
+        self.place(fields_of(name, advanced=advanced, ignored=ignored))
 
     def place(self, fields: Sequence[FormField]) -> None:
         """Lay out the given settings, two in a row."""

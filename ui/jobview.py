@@ -9,6 +9,7 @@ from typing import Any
 from backend.errors import QuantdeckError
 from backend.jobs.outcomes import advice
 from backend.jobs.results import measured, results_of
+from backend.jobs.stage_names import index_of, seconds, shown_stages
 from backend.jobs.store import Job
 from backend.schema import parse_yaml
 from ui.format import ago, clock, duration, elapsed, moment, significant, size
@@ -27,19 +28,6 @@ STATE_WORDS = {
 }
 MAX_HISTORY = 20  # changes of state shown; a job that was resumed often has more
 MAX_REASON = 90  # characters of a reason in the list; all of it is on the job's page
-# In the order of the runner's work; the names are those of its events.
-STAGES = (
-    ("download", "Get model and text"),
-    ("calibrate", "Calibrate"),
-    ("quantize", "Quantize layer by layer"),
-    ("save", "Save the model"),
-    ("evaluate_baseline", "Evaluate the baseline"),
-    ("evaluate_quantized", "Evaluate the quantized model"),
-    ("evaluate_fidelity", "Compare the outputs of both"),
-    ("benchmark", "Benchmark both in turns"),
-    ("report", "Compare and report"),
-)
-
 CANCELLABLE = ("queued", "starting", "running", "lost")
 
 Row = Mapping[str, Any]
@@ -70,21 +58,21 @@ def bar(fraction: float) -> str:
     )
 
 
-def stage_index(name: str) -> int:
-    """Place of a stage in `STAGES`; -1 if the runner has not named one yet."""
-    plain = {"publish": "save"}.get(name, name)
-    return next((i for i, (key, _) in enumerate(STAGES) if key == plain), -1)
+def stage_index(job: Job) -> int:
+    """Place of the present stage in `shown_stages`; -1 if the runner has not named one yet."""
+    progress = job.progress
+    return index_of(job.algorithm, str(progress.get("stage", "")), str(progress.get("configuration") or ""))
 
 
 def fraction_done(job: Job) -> float:
     """Share of the whole job that is done, from 0 to 1; every stage counts the same."""
     if job.state == "succeeded":
         return 1.0
-    index = stage_index(str(job.progress.get("stage", "")))
+    index = stage_index(job)
     if index < 0:
         return 0.0
     step, total = number(job.progress.get("step")), number(job.progress.get("total"))
-    return (index + (min(1.0, step / total) if total > 0 else 0.0)) / len(STAGES)
+    return (index + (min(1.0, step / total) if total > 0 else 0.0)) / len(shown_stages(job.algorithm))
 
 
 def rows_of(job: Job) -> list[Row]:
@@ -176,12 +164,13 @@ def can_be_measured(job: Job) -> bool:
 def stage_list(job: Job) -> str:
     """All stages with the present one's bar by layer, its time left, and the times of finished ones."""
     timings: Mapping[str, Any] = (job.result or {}).get("timings") or {}
-    index = len(STAGES) if job.state == "succeeded" else stage_index(str(job.progress.get("stage", "")))
+    stages = shown_stages(job.algorithm)
+    index = len(stages) if job.state == "succeeded" else stage_index(job)
     items = []
-    for i, (key, words) in enumerate(STAGES):
-        spent = timings.get(key) or timings.get({"save": "publish"}.get(key, "")) or {}
-        took = duration(spent["wall_s"]) if "wall_s" in spent else ""
-        if job.state == "succeeded" and not spent:
+    for i, stage in enumerate(stages):
+        spent = seconds(stage, timings)
+        took = duration(spent) if spent is not None else ""
+        if job.state == "succeeded" and spent is None:
             continue  # a stage that this job did not need
         kind, detail, mark = "qd-todo", "", ""
         if i < index:
@@ -191,7 +180,7 @@ def stage_list(job: Job) -> str:
         elif i == index:
             kind, mark = "qd-stopped", "!"
         items.append(
-            f'<li class="{kind}"><span class="qd-dot">{mark}</span><span>{esc(words)}</span>'
+            f'<li class="{kind}"><span class="qd-dot">{mark}</span><span>{esc(stage.label)}</span>'
             f"<time>{esc(took)}</time>{detail}</li>"
         )
     return f'<ol class="qd-stages">{"".join(items)}</ol>'
@@ -231,8 +220,8 @@ def progress_cell(job: Job) -> str:
         return ""
     if job.state == "cancelling":
         return f'<span class="qd-sub">{esc(rung(job))}</span>'
-    done, index = fraction_done(job), stage_index(str(job.progress.get("stage", "")))
-    words = [f"{100 * done:.0f} %", STAGES[index][1] if index >= 0 else "", time_left(job)]
+    done, index = fraction_done(job), stage_index(job)
+    words = [f"{100 * done:.0f} %", shown_stages(job.algorithm)[index].label if index >= 0 else "", time_left(job)]
     return f'{bar(done)}<span class="qd-sub">{esc(" · ".join(word for word in words if word))}</span>'
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from backend.engines.aqlm_plan import TUNED
 from backend.errors import ConfigError, ConfigErrors, ModelError, QuantdeckError
 from backend.jobs.devices import describe_device
 from backend.jobs.preflight import Checked, check_job
@@ -18,6 +19,9 @@ from backend.sources.models import ModelFacts, model_facts, resolve_model
 from ui.draft import FIELDS, Draft, FormField, merge
 from ui.format import count, size
 from ui.layout import REMOTE_CODE, card, esc, facts, notice
+
+FROM_ONE_PASS = "from one pass over the calibration text"
+TUNED_FROM_FIRST = "the second one tuned from the first"
 
 Problem = tuple[FormField | None, str, str]  # the control it belongs to, its key in the file, what is wrong
 
@@ -107,20 +111,33 @@ def _forecast(config: JobConfig, checked: Checked) -> str:
     baseline = _facts(str(path)).weight_bytes if path else None
     measures = ["quality"] if config.EVALUATION.ENABLED else []
     measures += ["speed", "memory"] if config.BENCHMARK.ENABLED else []
-    sizes = [(one.label, _size_text(checked.predicted.get(one.name), baseline)) for one in checked.configurations]
+    sizes = [
+        (one.label, _size_text(checked.predicted.get(one.name), baseline), _bits_text(checked.bits.get(one.name)))
+        for one in checked.configurations
+    ]
+    folder = f"{config.USER_FOLDER}/jobs/{config.JOB_SERVICE}/{config.JOB_ID}"
+    own = [one.folder for one in checked.configurations if one.folder]
     if len(sizes) == 1:
-        results = [("Weights", sizes[0][0]), ("Size on disk", sizes[0][1])]
+        results = [("Weights", sizes[0][0]), ("Bits per weight", sizes[0][2]), ("Size on disk", sizes[0][1])]
     else:
-        results = [("Results", f"{len(sizes)}, from one pass over the calibration text"), *sizes]
+        tuned = checked.configurations[-1].name == TUNED
+        results = [("Results", f"{len(sizes)}, {TUNED_FROM_FIRST if tuned else FROM_ONE_PASS}")]
+        results += [(label, f"{size}; {bits} bits per weight" if bits else size) for label, size, bits in sizes]
+    results = [row for row in results if row[1]]
     rows = [
         ("Device", describe_device(checked.device)),
         *results,
         ("Calibration", f"{config.calibration.SAMPLES} x {config.calibration.SEQUENCE_LENGTH} tokens"),
         ("Measured after", ", ".join(["size", *measures])),
-        ("Saved in", f"{config.USER_FOLDER}/jobs/{config.JOB_SERVICE}/{config.JOB_ID}"),
+        ("Saved in", " and ".join([folder] if not own else [f"{folder}/{own[0]}", *own[1:]])),
     ]
     notes = "".join(f'<p class="qd-muted qd-small" style="margin:10px 0 0">{esc(note)}</p>' for note in checked.notes)
     return (notice("error", *REMOTE_CODE) if config.TRUST_REMOTE_CODE else "") + facts(rows) + notes
+
+
+def _bits_text(bits: float | None) -> str:
+    """Predicted bits per weight, everything counted; nothing where they are not known before."""
+    return f"{bits:.2f}" if bits is not None else ""
 
 
 def _size_text(predicted: int | None, baseline: int | None) -> str:

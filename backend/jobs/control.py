@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import JobError
-from backend.jobs import launch
+from backend.jobs import curves, launch
 from backend.jobs.events import read_events
 from backend.jobs.logs.tail import tail
 from backend.jobs.preflight import check_job
@@ -118,16 +118,10 @@ def events_file(home: Home, uid: str) -> Path:
 
 
 def layer_errors(home: Home, uid: str) -> list[dict[str, Any]]:
-    """What is known of each decoder layer done so far, of a resumed job the latest.
+    """What is known of each decoder layer done so far: `curves.layers`."""
+    return curves.layers(events(home, uid)[0])
 
-    Returns:
-        `configuration` (its name, empty if there is only one), `layer`, `error`, `rtn_error` (relative output
-        errors) and `notes`, in the order of the first attempt.
-    """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for event in events(home, uid)[0]:
-        if event.get("stage") == "quantize" and event.get("error") is not None and event.get("layer"):
-            name, layer = str(event.get("configuration") or ""), str(event["layer"])
-            errors = {"error": event["error"], "rtn_error": event.get("rtn_error")}
-            found[name, layer] = {"configuration": name, "layer": layer, **errors, "notes": event.get("notes") or []}
-    return list(found.values())
+
+def tuning_curve(home: Home, uid: str) -> list[dict[str, Any]]:
+    """What is known of each step of tuning done so far: `curves.steps`."""
+    return curves.steps(events(home, uid)[0])

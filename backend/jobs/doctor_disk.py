@@ -86,12 +86,21 @@ def half_published(home: Home, jobs: list[dict[str, Any]]) -> Found:
         if not folder.is_dir() or str(folder.relative_to(home.root)) in active:
             continue
         seen += 1
-        inner = [child for child in folder.iterdir() if child.is_dir()]
-        for one in [folder] if (folder / MANIFEST).exists() or not inner else inner:
+        for one in _innermost(folder):
             if not (one / MANIFEST).exists() and any(one.iterdir()):
                 mend = f"look at it; if nothing in it is needed: rm -r {shlex.quote(str(one))}"
                 problems.append((f"{one} has no manifest: it was never published completely", mend, False))
     return f"{seen} folders", problems
+
+
+def _innermost(folder: Path) -> list[Path]:
+    """The folders that should be results: a folder itself, or those in it if it has no manifest and no files."""
+    children = list(folder.iterdir())
+    inner = [child for child in children if child.is_dir()]
+    if (folder / MANIFEST).exists() or not inner:
+        return [folder]
+    own = [folder] if len(inner) < len(children) else []
+    return own + [one for child in sorted(inner) for one in _innermost(child)]
 
 
 def run_folders(home: Home, jobs: list[dict[str, Any]], *, mend: bool) -> Found:

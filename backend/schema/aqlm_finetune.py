@@ -97,9 +97,9 @@ class FinetuneConfig(BaseModel):
     lamb: StrictBool = tuning(
         True, label="LAMB", advanced=True, help="On: steps are scaled by the size of what they change. Off: Adam's own."
     )
-    debias: StrictBool | None = tuning(
-        None, label="Correct the start", advanced=True,
-        help="Whether Adam's means are corrected for their start at zero. default: not with LAMB. The guide has true.",
+    debias: StrictBool = tuning(
+        True, label="Correct the start", advanced=True,
+        help="On: Adam's means are corrected for their start at zero. Without effect with LAMB.",
     )  # fmt: skip
     amsgrad: StrictBool = tuning(
         False, label="AMSGrad", advanced=True, help="On: Adam divides by the largest mean squared gradient so far."

@@ -28,7 +28,8 @@ class CalibrationSettings(BaseModel):
         unit="sequences",
         ge=1,
         le=65536,
-        help="Number of token sequences that calibrate the quantizer. 128 is AutoAWQ's own number.",
+        help="Number of token sequences that calibrate the quantizer. 128 is AutoAWQ's own number. AQLM reads nsamples "
+        "of its own section, unless the file has this key.",
     )
     SEQUENCE_LENGTH: StrictInt = setting(
         512,
@@ -37,7 +38,8 @@ class CalibrationSettings(BaseModel):
         unit="tokens",
         ge=16,
         le=131072,
-        help="Tokens per calibration sequence: rows of text are joined and cut to this length, or each is cut there.",
+        help="Tokens per calibration sequence: rows of text are joined and cut to this length, or each is cut there. "
+        "AQLM reads model_seqlen of its own section, unless the file has this key.",
     )
     PACKING: Literal["join", "sample", "full"] = setting(
         "join",
@@ -194,8 +196,8 @@ class EvaluationSettings(BaseModel):
         True,
         label="Compare outputs",
         section="Evaluation",
-        help="Measure how far the quantized model's predictions are from the baseline's on the perplexity text: mean KL "
-        "divergence per token, and the share of tokens whose most likely successor changes.",
+        help="Measure how far the quantized model's predictions are from the baseline's on the perplexity text: mean "
+        "KL divergence per token, and the share of tokens whose most likely successor changes.",
     )
     FIDELITY_WINDOWS: StrictInt = setting(
         64,

@@ -55,7 +55,7 @@ def test_the_guides_values_are_the_defaults():
         "save_intermediate_results", "calibration_config.num_codebooks", "calibration_config.nbits_per_codebook",
         "calibration_config.dtype", "calibration_config.local_batch_size", "calibration_config.trust_remote_code",
         "conversion_config.trust_remote_code", "finetune_config.trust_remote_code", "finetune_config.block_type",
-        "finetune_config.debias", "finetune_config.microbatch_size", "finetune_config.skip_grouping",
+        "finetune_config.microbatch_size", "finetune_config.skip_grouping",
         "finetune_config.verbose_optimizer",
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ui.charts import comparison, cost_against_divergence, layer_errors, size_against
+from ui.charts import comparison, cost_against_divergence, layer_errors, size_against, tuning_curve
 from ui.format import ago, count, duration, size
 from ui.pareto import Point, divergence_points
 
@@ -35,6 +35,31 @@ def test_layer_chart_has_a_line_per_configuration_and_draws_equal_roundings_once
     names = [trace.name for trace in figure.data]
     assert names == ["Round to nearest, as AWQ 4 bit", "AWQ 4 bit", "gptq", "Round to nearest, as w3", "w3", "other"]
     assert figure.data[3].line.color == figure.data[4].line.color != figure.data[1].line.color
+
+
+def test_a_finetuned_layer_is_shown_beside_what_it_was_before():
+    rows = [
+        {"configuration": "calibrated", "layer": f"model.layers.{i}", "error": 0.02, "before_error": before}
+        for i, before in enumerate((0.03, 0.02))
+    ]
+    before, after = layer_errors(rows, {"calibrated": "AQLM"}).data
+    assert (before.name, after.name, before.line.dash) == ("Before block finetuning", "AQLM", "dash")
+    assert list(before.y) == pytest.approx([3.0, 2.0])
+    same = [{**row, "before_error": row["error"]} for row in rows]
+    assert [trace.name for trace in layer_errors(same).data] == ["calibrated"]
+
+
+def test_a_tuning_curve_marks_the_step_that_is_kept():
+    rows = [
+        {"step": 0, "loss": None, "validation": 0.01},
+        {"step": 1, "loss": 0.012, "validation": None},
+        {"step": 2, "loss": 0.011, "validation": 0.007},
+        {"step": 3, "loss": 0.009, "validation": 0.008},
+    ]
+    loss, validation, best = tuning_curve(rows).data
+    assert list(loss.x) == [1, 2, 3] and list(validation.x) == [0, 2, 3]
+    assert (list(best.x), list(best.y)) == ([2], [0.007])
+    assert [trace.name for trace in tuning_curve(rows[1:2]).data] == ["Text of the step", "Validation text"]
 
 
 def test_sizes_against_scores_mark_the_baseline_and_label_the_points():
@@ -92,7 +117,7 @@ def test_a_distance_has_no_bar_of_the_baseline():
 
 def test_charts_work_in_light_and_dark():
     row = {"baseline": 1.0, "quantized": 2.0, "impact": 1.0, "interval": None}
-    for figure in (layer_errors([]), comparison("x", "y", [("job", row)])):
+    for figure in (layer_errors([]), tuning_curve([]), comparison("x", "y", [("job", row)])):
         layout = json.loads(figure.to_json())["layout"]
         assert layout["paper_bgcolor"] == layout["plot_bgcolor"] == "rgba(0,0,0,0)"
 

@@ -31,6 +31,7 @@ PARTS = (
     "history",
     "tradeoff",
     "scatter",
+    "curve",
     "chart",
 )
 
@@ -134,6 +135,17 @@ def test_layer_errors_are_read_when_they_have_changed(home, job, page):
     with open(file, "a") as more:
         more.write(json.dumps({**line, "layer": "model.layers.1"}) + "\n")
     assert sent(page.show(first["seen"])["chart"])
+
+
+def test_a_tuning_curve_appears_with_its_first_step(home, job, page):
+    file = home.run_dir(job.uid) / "events.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"stage": "tune", "step": 0, "message": "loading"}) + "\n")
+    first = page.show({"uid": job.uid})
+    assert not sent(first["curve"])
+    with open(file, "a") as more:
+        more.write(json.dumps({"stage": "tune", "step": 1, "loss": 0.02, "validation": None}) + "\n")
+    assert sent(page.show(first["seen"])["curve"])
 
 
 @pytest.mark.parametrize("uid", ["", "no-such", "../../etc/passwd", "' OR 1=1 --", "\ud800", "x" * 100_000])

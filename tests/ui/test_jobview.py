@@ -202,7 +202,7 @@ def test_the_list_shows_reason_priority_and_progress():
     ends = job("cancelling", progress={"message": "cancelling: asked to stop (SIGINT)"})
     html = table_html(listing(waits, works, ends))
     assert "waiting: 2 of 2 CPU slots are busy" in html and "priority 5" in html
-    assert "31 % · Quantize layer by layer · about 1 min 15 s left" in html
+    assert "28 % · Quantize layer by layer · about 1 min 15 s left" in html
     assert "asked to stop (SIGINT)" in html
 
 
@@ -290,6 +290,7 @@ def test_notes_group_what_is_the_same():
     assert html.count("<li>") == 3 and "and 3 more" in html
     assert "damp raised to 0.1 (<code>model.layers.3</code>)" in html
     assert madeview.notes([entry()]) == ""
+    assert "<li>Measured with: packed int4 kernel</li>" in madeview.notes([entry(decode_path="packed int4 kernel")])
 
 
 def test_every_configuration_can_be_compared_and_chatted_with(home):

@@ -10,7 +10,7 @@ import gradio as gr
 import pytest
 
 from backend.paths import Home
-from backend.schema import ALGORITHMS, SECTIONS, JobConfig, describe
+from backend.schema import ALGORITHMS, SECTIONS, JobConfig, describe, sections
 from ui.chat_pair import ChatPair
 from ui.draft import FIELDS
 from ui.fields import elem_id
@@ -33,7 +33,8 @@ def test_all_pages_are_there(site):
 
 def test_every_setting_has_a_control_with_help_and_unit(site):
     controls = {block.elem_id: block for block in site.blocks.values() if str(block.elem_id).startswith("f-")}
-    models = [JobConfig, *ALGORITHMS.values(), *SECTIONS.values()]
+    algorithms = [model for algorithm in ALGORITHMS.values() for _, model in sections(algorithm)]
+    models = [JobConfig, *algorithms, *SECTIONS.values()]
     assert len(FIELDS) == sum(len(describe(model)) for model in models) == len(controls)
     for field in FIELDS:
         control = controls[elem_id(field)]
@@ -52,7 +53,7 @@ def test_settings_with_several_values_let_one_choose_several(site):
 
 def test_only_the_chosen_algorithms_settings_are_shown(site):
     shown = {b.elem_id: b.visible for b in site.blocks.values() if str(b.elem_id).startswith("algorithm-")}
-    assert shown == {"algorithm-AutoAWQ": True, "algorithm-Native": False, "algorithm-LLMCompressor": False}
+    assert shown == {f"algorithm-{name}": name == "AutoAWQ" for name in ALGORITHMS}
 
 
 def test_bounds_are_told(site):

@@ -15,11 +15,11 @@ import gradio as gr
 
 from backend.errors import JobError, QuantdeckError
 from backend.evaluate.combined import short_name
-from backend.jobs import control
+from backend.jobs import control, curves
 from backend.jobs.results import measured, results_of
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
-from ui.charts import cost_against_divergence, layer_errors, size_against
+from ui.charts import cost_against_divergence, layer_errors, size_against, tuning_curve
 from ui.jobview import actions, badges, history_table, overview, stage_list
 from ui.layout import ACTION_JS, card, empty, esc, link, notice, page
 from ui.logview import LOG_JS, frame_html, functions
@@ -49,6 +49,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
             with gr.Column(scale=3, min_width=420):
                 tradeoff = gr.Plot(show_label=False, elem_id="tradeoff", elem_classes=["qd-plot"], visible=False)
                 scatter = gr.Plot(show_label=False, elem_id="sizes", elem_classes=["qd-plot"], visible=False)
+                curve = gr.Plot(show_label=False, elem_id="tuning", elem_classes=["qd-plot"], visible=False)
                 chart = gr.Plot(show_label=False, elem_id="layers", elem_classes=["qd-plot"], visible=False)
         saved = gr.HTML(visible=False, elem_id="artefact")
         gr.HTML('<div class="qd-section"><h2>Log</h2></div>')
@@ -66,7 +67,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         "head": head, "facts": facts, "result": result, "stages": stages, "notes": remarks, "made": saved,
         "history": history,
     }  # fmt: skip
-    outputs = [seen, timer, said, *parts.values(), tradeoff, scatter, chart]
+    outputs = [seen, timer, said, *parts.values(), tradeoff, scatter, curve, chart]
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
     def show(now: Seen) -> list[Any]:
@@ -77,7 +78,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
             with briefly():
                 job = find(home, str(now.get("uid") or ""))
                 events = JobStore(home).history(job.uid) if job else []
-                charts = [_tradeoff(job, now), _scatter(job, now), _chart(home, job, now)] if job else []
+                charts = _charts(home, job, now) if job else []
         except JobError as error:
             now["trouble"] = True
             now.pop("pace", None)
@@ -165,12 +166,25 @@ def _pace(now: Seen, job: Job) -> Any:
     return gr.Timer(pace)
 
 
+def _charts(home: Home, job: Job, now: Seen) -> list[Any]:
+    return [_tradeoff(job, now), _scatter(job, now), _curve(home, job, now), _chart(home, job, now)]
+
+
+def _curve(home: Home, job: Job, now: Seen) -> Any:
+    version = _version(home.run_dir(job.uid) / "events.jsonl")
+    if version == now.get("curve"):
+        return gr.skip()
+    _, rows = _read(home, job.uid, version)
+    now["curve"] = version
+    return gr.Plot(tuning_curve(rows), visible=True) if rows else gr.skip()
+
+
 def _chart(home: Home, job: Job, now: Seen) -> Any:
     labels = {entry["name"]: entry["label"] for entry in results_of(job.result)}
     state = [_version(home.run_dir(job.uid) / "events.jsonl"), labels]
     if state == now.get("layers"):
         return gr.skip()
-    rows = _layers(home, job.uid, state[0])
+    rows, _ = _read(home, job.uid, state[0])
     now["layers"] = state
     return gr.Plot(layer_errors(rows, labels), visible=True) if rows else gr.skip()
 
@@ -185,9 +199,10 @@ def _version(path: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=32)
-def _layers(home: Home, uid: str, version: tuple[int, int]) -> list[dict[str, Any]]:
-    """The errors by layer, read once for all visitors as long as the job's events are of that version."""
-    return control.layer_errors(home, uid)
+def _read(home: Home, uid: str, version: tuple[int, int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Layers and steps of tuning, read once for all visitors as long as the job's events are of that version."""
+    found, _ = control.events(home, uid)
+    return curves.layers(found), curves.steps(found)
 
 
 def _tradeoff(job: Job, now: Seen) -> Any:

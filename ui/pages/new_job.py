@@ -15,15 +15,17 @@ import gradio as gr
 from backend.errors import ConfigError, ConfigErrors, QuantdeckError
 from backend.jobs import control
 from backend.paths import Home
-from backend.schema import ALGORITHMS, DEMO, parse_yaml
+from backend.schema import ALGORITHMS, DEMO, Group, parse_yaml
 from backend.sources.models import list_models
 from ui.draft import FIELDS, TEMPLATE, Draft, FormField, open_draft
-from ui.fields import Form, help_text
-from ui.layout import notice, page, title
+from ui.examples import demo_values, example_text, examples
+from ui.fields import Form, fields_of, help_text
+from ui.layout import esc, notice, page, title
 from ui.review import Problem, command_html, model_html, review, review_html
 from ui.yamlview import yaml_html
 
 DATASETS = (("Built-in demo text", DEMO), ("wikitext (Hub)", "wikitext"))
+SUITED = "Its own defaults are the guide's, for models of billions of parameters."
 GO_TO_JOB = "(uid) => { if (uid) window.location.assign('/job?id=' + encodeURIComponent(uid)); }"
 
 
@@ -38,6 +40,10 @@ def build(demo: gr.Blocks, home: Home) -> None:
                 "Choose a model, a text to calibrate on, and how to quantize. Each setting is a line of the job file.",
             )
         )
+        example = gr.Dropdown(
+            choices=examples(), value=None, label="Start from an example", elem_id="example",
+            info="Fills the form with a job file that comes with Quantdeck; the guides' files among them.",
+        )  # fmt: skip
         opened = gr.HTML(visible=False)
         with gr.Row(elem_classes=["qd-split"]):
             with gr.Column(scale=3, min_width=420):
@@ -93,6 +99,15 @@ def build(demo: gr.Blocks, home: Home) -> None:
         found = open_draft(text)
         return [found, gr.skip(), *found.shown]
 
+    def on_example(name: str | None) -> list[Any]:
+        if not name:
+            return [gr.skip(), gr.skip(), *_skips()]
+        try:
+            text = control.with_free_name(home, parse_yaml(example_text(name))).dump()
+        except QuantdeckError as error:
+            text, name = "", error.message
+        return open_text(text, f"{name}.yaml")
+
     def on_upload(path: str | None) -> list[Any]:
         if path is None:
             return [gr.skip(), gr.skip(), *_skips()]
@@ -120,6 +135,11 @@ def build(demo: gr.Blocks, home: Home) -> None:
     def on_algorithm(chosen: str | None) -> list[Any]:
         return [gr.update(visible=name == chosen) for name in sections]
 
+    def on_chosen(chosen: str | None, *values: Any) -> list[Any]:
+        found = demo_values(str(chosen), dict(zip((f.key for f in FIELDS), values, strict=True)))
+        said = gr.HTML(notice("info", f"{chosen} with sizes that suit the demo model", SUITED), visible=True)
+        return [said if found else gr.skip(), *(found.get(field.key, gr.skip()) for field in FIELDS)]
+
     def describe_model(model: str, custom_path: str) -> str:
         return model_html(home, model, custom_path)
 
@@ -133,6 +153,11 @@ def build(demo: gr.Blocks, home: Home) -> None:
             return "", gr.HTML(notice("error", "The job was not started", error.message), visible=True)
 
     demo.load(on_load, None, **opening)
+    example.input(on_example, [example], **opening)
+    form.controls["ALGORITHM"].input(
+        on_chosen, [form.controls["ALGORITHM"], *controls], [opened, *controls],
+        show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
     upload.upload(on_upload, [upload], **opening)
     fill.click(on_paste, [pasted], **opening)
     gr.on(
@@ -208,11 +233,26 @@ def _form_sections(form: Form, algorithm: str) -> tuple[gr.HTML, dict[str, gr.Co
 
 
 def _algorithm_section(form: Form, name: str, *, visible: bool) -> gr.Column:
+    groups = ALGORITHMS[name].GROUPS or (Group(name),)
     with gr.Column(visible=visible, elem_id=f"algorithm-{name}") as section:
-        form.section(name, advanced=False)
-        with gr.Accordion("More", open=False):
-            form.section(name)
+        for group in groups:
+            if group.heading:
+                with gr.Accordion(group.heading, open=False):
+                    _group(form, group)
+            else:
+                _group(form, group)
     return section
+
+
+def _group(form: Form, group: Group) -> None:
+    """Lays out the settings of a group, the advanced ones folded away if there are others."""
+    if group.lead:
+        gr.HTML(f'<p class="qd-muted qd-small">{esc(group.lead)}</p>')
+    simple, all_of_them = (fields_of(group.section, advanced=only, ignored=group.ignored) for only in (False, None))
+    form.place(simple or all_of_them)
+    if len(simple) < len(all_of_them) and simple:
+        with gr.Accordion("More", open=False):
+            form.place(all_of_them)
 
 
 def _heading(text: str, lead: str) -> None:
