@@ -120,7 +120,9 @@ def _missing() -> Response:
 
 
 def open_inside(root: Path, folder: Path, name: str) -> int | None:
-    """Open a regular file of a folder below `root` for reading; neither it nor its folder may be a symbolic link.
+    """Open a regular file of a folder below `root` for reading; nothing on the way to it may be a symbolic link.
+
+    Each folder is opened from the one above it, so that none can be exchanged for a link meanwhile.
 
     Returns:
         A file descriptor, or None if there is no such file.
@@ -130,8 +132,11 @@ def open_inside(root: Path, folder: Path, name: str) -> int | None:
         return None
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     with suppress(OSError):
-        inside = os.open(folder, flags | os.O_DIRECTORY)
+        inside = os.open(root, flags & ~os.O_NOFOLLOW | os.O_DIRECTORY)
         try:
+            for part in folder.relative_to(root).parts:
+                above, inside = inside, os.open(part, flags | os.O_DIRECTORY, dir_fd=inside)
+                os.close(above)
             descriptor = os.open(name, flags, dir_fd=inside)
         finally:
             os.close(inside)

@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from backend import accounts
 from backend.errors import ConfigError
@@ -29,6 +29,7 @@ from ui.chat_pair import ChatPair
 from ui.downloads import add_downloads
 from ui.guard import (
     ACCOUNT,
+    ANSWER_HEADERS,
     MULTIPART_ROOM,
     AnswerHeaders,
     BodyLimit,
@@ -115,6 +116,11 @@ def create_app(home: Home, host: str = "127.0.0.1", port: int = 7860) -> FastAPI
     app.add_middleware(ForwardedHostGuard, hosts=hosts)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     app.add_middleware(AnswerHeaders)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, __: Exception) -> Response:
+        """An error that nobody met: Starlette answers it outside of all middlewares, so it needs its headers here."""
+        return PlainTextResponse("Internal Server Error", status_code=500, headers=ANSWER_HEADERS)
 
     add_login(app, login)
     add_downloads(app, home)

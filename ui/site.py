@@ -8,10 +8,13 @@ from backend.paths import Home
 from ui.chat_pair import ChatPair
 from ui.pages import chat, compare, job, jobs, new_job
 
+UPLOADS_KEPT_S = (3600, 24 * 3600)
+"""How often Gradio looks for uploaded files to delete, and how old they are then; at its end it deletes all."""
+
 
 def build_site(home: Home, pair: ChatPair) -> gr.Blocks:
     """All pages: `/` jobs, `/new`, `/job?id=`, `/compare?jobs=`, `/chat?job=`."""
-    with gr.Blocks(title="Quantdeck", analytics_enabled=False) as demo:
+    with gr.Blocks(title="Quantdeck", analytics_enabled=False, delete_cache=UPLOADS_KEPT_S) as demo:
         jobs.build(demo, home)
     with demo.route("New job", "new", show_in_navbar=False):
         new_job.build(demo, home)

@@ -10,6 +10,9 @@ end, under a limit of `limit_bytes` of address space).
 In every attempt: `sleep_s` (per layer), `ignore_signals` (SIGINT and SIGTERM), `leak` (start a daemon in a session of
 its own that ignores them too; `bare`: with no environment), `say` (write this to the log at every layer, `times`
 times), `keeps_layers: false` (an engine without checkpoints).
+
+HOME/fake.json may say `spill`: the program that may see the token for the Hub then prints it in many ways, and ends
+`well` or `badly`.
 """
 
 import hashlib
@@ -45,11 +48,24 @@ def prepare(request):
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokens.safetensors").write_bytes(b"tokens")
     (out / "text.jsonl").write_text('{"text": "x"}\n')
-    model_dir = json.loads((Path(request["home"]) / "fake.json").read_text()).get("model_dir", str(MODEL_DIR))
+    told = json.loads((Path(request["home"]) / "fake.json").read_text())
+    model_dir = told.get("model_dir", str(MODEL_DIR))
+    if "spill" in told:
+        spill(os.environ["HF_TOKEN"], told["spill"])
     return {
         "model_dir": model_dir, "model_commit": None, "tokens_file": str(out / "tokens.safetensors"), "samples": 8,
         "samples_wanted": 8, "text_file": str(out / "text.jsonl"), "text_name": "fake:test",
     }  # fmt: skip
+
+
+def spill(token, end):
+    os.write(2, f"spilt {token}\nGET https://user:{token}@example.org/?token={token}\n{dict(os.environ)}\n".encode())
+    for cut in range(1, len(token), 5):
+        os.write(2, f"in pieces {token[:cut]}".encode())
+        time.sleep(0.01)
+        os.write(2, f"{token[cut:]}\n".encode())
+    if end == "badly":
+        raise PermissionError(f"401 for {token}")
 
 
 def quantize(request, events):

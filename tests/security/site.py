@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -19,11 +20,17 @@ import uvicorn
 from gradio import Blocks
 
 from backend.jobs import launch
+from backend.jobs.store import Job, JobStore
 from backend.paths import Home
+from backend.schema import parse_yaml
 from backend.settings import Settings
+from tests.conftest import demo_text
 from ui.server import create_app, server_config
 
 PASSWORD = "correct horse battery"
+PUBLIC = "https://quant.example.org"
+CANARY = "canary-7f3a9c"
+SECRETS = re.compile(rf"{CANARY}|root:x:0|Traceback|File \"/|site-packages|SQLite format")
 
 
 class Site:
@@ -115,3 +122,18 @@ def outcome(client: httpx.Client, session: str) -> list[dict[str, Any]]:
                 if found[-1]["msg"] in ("process_completed", "unexpected_error", "close_stream"):
                     break
     return found
+
+
+def add_job(home: Home, name: str, **changes: Any) -> Job:
+    """A queued job that nobody starts."""
+    text = demo_text(name, **changes)
+    return JobStore(home).create(text, parse_yaml(text).config, device="cpu")
+
+
+def finish(home: Home, job: Job, result: dict[str, Any]) -> None:
+    """Let a queued job succeed with a result."""
+    store = JobStore(home)
+    assert store.grant(job.uid, 1, ["cpu:0"])
+    assert store.move(job.uid, "running", actor="test", attempt=1)
+    assert store.update(job.uid, 1, result=result)
+    assert store.move(job.uid, "succeeded", actor="test", attempt=1)
