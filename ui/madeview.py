@@ -117,7 +117,9 @@ def _general(entry: Entry) -> list[str]:
     """What the engine says of the whole; notes on single layers are told by `_layer_notes`."""
     layers = entry.get("layers") or []
     told = {f"{layer['layer']}: {note}" for layer in layers for note in layer.get("notes") or []}
-    return [esc(note) for note in entry.get("notes") or [] if note not in told]
+    lines = [esc(note) for note in entry.get("notes") or [] if note not in told]
+    path = entry.get("decode_path")
+    return [*lines, f"Measured with: {esc(path)}"] if path else lines
 
 
 def _kept(entry: Entry) -> list[str]:

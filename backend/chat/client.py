@@ -84,7 +84,8 @@ class ModelProcess:
         """Start the child and wait until the model is loaded; again after a crash, if it is not running.
 
         Returns:
-            `{"load_s", "context": tokens or None, "chat_template": bool, "device", "dtype", "threads", ...}`.
+            `{"load_s", "context": tokens or None, "chat_template": bool, "device", "dtype", "threads",
+            "decode_path": how tokens are computed, in words, ...}`.
 
         Raises:
             EngineError: If the model cannot be loaded, with the reason, or not within `timeout_s` seconds.

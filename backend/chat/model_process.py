@@ -84,11 +84,12 @@ class Server:
         import torch
 
         from backend.chat.prompt import has_chat_template
+        from backend.formats.decode_path import decode_path
 
         self._events = events
         self._commands = commands
         self._cuda = device.startswith("cuda")
-        import_for(model_dir)
+        import_for(model_dir, device)
         self._idle = resident_bytes()
         reset_peak()
         started = time.perf_counter()
@@ -105,6 +106,7 @@ class Server:
                 "chat_template": has_chat_template(self._tokenizer),
                 "device": device,
                 "dtype": str(self._model.dtype).removeprefix("torch."),
+                "decode_path": decode_path(self._model),
                 "threads": torch.get_num_threads(),
                 "device_name": torch.cuda.get_device_name(device) if self._cuda else None,
                 "device_free_bytes": torch.cuda.mem_get_info(device)[0] if self._cuda else None,

@@ -29,13 +29,14 @@ def check_folder(model_dir: Path, dtype: str | None = None) -> None:
     read_headers(model_dir)
 
 
-def import_for(model_dir: Path) -> None:
+def import_for(model_dir: Path, device: str = "cpu") -> None:
     """Do the imports and first-use set-up that any model of this folder's kind needs, without reading weights.
 
     Memory measured after this call and after loading differs by the model itself, not by libraries.
     """
     import torch
 
+    from backend.formats.decode_path import warm_up
     from backend.formats.loader import load_tokenizer
     from backend.formats.skeleton import build_skeleton, read_config
 
@@ -43,6 +44,7 @@ def import_for(model_dir: Path) -> None:
     build_skeleton(read_config(model_dir), torch.bfloat16)
     square = torch.ones(256, 256, dtype=torch.bfloat16)
     square @ square  # starts the thread pool and the matrix library
+    warm_up(model_dir, device)
 
 
 def open_model(

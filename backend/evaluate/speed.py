@@ -89,8 +89,8 @@ def measure_speed(
     """Measure both models.
 
     Returns:
-        `{"baseline": {"metrics"}, "quantized": {"metrics"}}`: prefill and decode in tokens/s (median; samples
-        are the repetitions), peak memory of loading and of running in bytes.
+        `{"baseline": {"metrics", "decode_path"}, "quantized": {...}}`: prefill and decode in tokens/s (median;
+        samples are the repetitions), peak memory of loading and of running in bytes; how the model was run, in words.
 
     Raises:
         EngineError: If a model cannot be loaded or fails.
@@ -148,7 +148,10 @@ def measure_speed(
         "seed": settings.seed,
         "versions": versions("torch", "transformers"),
     }
-    return {side: {"metrics": _metrics(runs[side], protocol)} for side in SIDES}
+    return {
+        side: {"metrics": _metrics(runs[side], protocol), "decode_path": models[side].info["decode_path"]}
+        for side in SIDES
+    }
 
 
 def fits_beside(model_dir: Path, info: Mapping[str, Any]) -> bool:

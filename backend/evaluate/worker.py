@@ -6,8 +6,8 @@ that libraries print goes to standard error.
 
 REQUEST: `{"model_dir", "device", "dtype", "perplexity": {"text_file", "text_name", "protocols", "window",
 "max_windows"} or null, "tasks": [{"name", "num_fewshot", "limit"}], "batch_size", "seed", "samples_dir",
-"stage", "configuration"}`, the last two for its events. RESULT: `{"metrics": [...], "peak_rss_bytes", "wall_s"}`,
-written only when all went well.
+"stage", "configuration"}`, the last two for its events. RESULT: `{"metrics": [...], "decode_path",
+"peak_rss_bytes", "wall_s"}`, `decode_path` being how the model was run, in words; written only when all went well.
 Exit code 0; 2 for a wrong request; 1 for any other failure.
 """
 
@@ -46,6 +46,7 @@ def evaluate(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     progress = progress_of(request, stage, events)
     progress(0, 1, "loading the model")
     model, tokenizer = open_model(model_dir, request.get("device", "cpu"), request.get("dtype"))
+    from backend.formats.decode_path import decode_path
 
     batch_size = int(request.get("batch_size", 8))
     metrics: list[Any] = []
@@ -77,7 +78,12 @@ def evaluate(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
             samples_dir=Path(samples_dir) if samples_dir else None,
             on_progress=progress,
         )
-    return {"metrics": metrics, "peak_rss_bytes": peak_resident_bytes(), "wall_s": time.monotonic() - started}
+    return {
+        "metrics": metrics,
+        "decode_path": decode_path(model),
+        "peak_rss_bytes": peak_resident_bytes(),
+        "wall_s": time.monotonic() - started,
+    }
 
 
 if __name__ == "__main__":

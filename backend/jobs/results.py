@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 Entry = dict[str, Any]
 """`name`, `label`, `artefact` (folder), `rows`, `table`, `layers`, `skipped` (Linear: reason), `notes`, `manifest`,
-`bytes` (of the weight files) and `reason` (why it was not measured, or None)."""
+`bytes` (of the weight files), `decode_path` (how it was run when it was measured, in words) and `reason` (why
+it was not measured, or None)."""
 
 
 def results_of(result: Mapping[str, Any] | None) -> list[Entry]:

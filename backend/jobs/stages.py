@@ -121,6 +121,7 @@ def _report(run: Run) -> None:
         if entry is None:
             continue  # it could not be made; why, the job tells
         evaluation = measure.result_of(run, "evaluate_quantized", configuration)
+        speed = measure.result_of(run, "benchmark", configuration)
         rows = build_rows(
             run.stage_result("evaluate_baseline") if evaluation else nothing,
             evaluation or nothing,
@@ -128,10 +129,12 @@ def _report(run: Run) -> None:
             quantized_bytes=entry["bytes"],
             bits=_stored_bits(run.result["model_dir"], entry["artefact"]),
             fidelity=measure.result_of(run, "evaluate_fidelity", configuration),
-            speed=measure.result_of(run, "benchmark", configuration),
+            speed=speed,
         )
+        ran_by = (speed or {}).get("quantized", evaluation or nothing).get("decode_path")
         entry.update(
-            rows=rows, table=format_table(rows, run.job.model), reason=run.failures.get(configuration.name)
+            rows=rows, table=format_table(rows, run.job.model), decode_path=ran_by,
+            reason=run.failures.get(configuration.name),
         )  # fmt: skip
     first = run.result["results"][0]
     run.result.update(rows=first["rows"], table=first["table"], timings=run.timings, peak_rss_bytes=run.peak_rss_bytes)

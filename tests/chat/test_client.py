@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from backend.chat.client import ModelProcess
 from backend.chat.side_by_side import side_by_side
 from backend.errors import EngineError
+from backend.formats.loader import load_model
 from backend.paths import PROJECT
+from backend.quantize.aqlm.scheme import AdditiveScheme
 from tests.evaluate.tiny import make_model
+from tests.formats.additive import write_additive
 
 HELLO = [{"role": "user", "content": "the old river"}]
 
@@ -46,6 +49,19 @@ def test_ready_says_what_the_page_needs(shared: ModelProcess, shared_plain: Mode
     assert shared.info["context"] == 256
     assert shared.info["chat_template"] is True and shared_plain.info["chat_template"] is False
     assert shared.info["dtype"] == "bfloat16" and shared.info["threads"] == 1
+    assert shared.info["decode_path"] == "bfloat16 weights"
+
+
+def test_an_aqlm_model_answers_from_its_codes(chat_folder: Path, tmp_path: Path) -> None:
+    folder = write_additive(chat_folder, tmp_path / "aqlm", AdditiveScheme(2, 4, 4))
+    ours = load_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    prompt = tokenizer("<s>[user] the old river\n[assistant] ", add_special_tokens=False, return_tensors="pt").input_ids
+    output = ours.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
+    with ModelProcess(folder, threads=1) as model:
+        assert model.info["decode_path"] == "AQLM 2x4 g4: look-up tables over packed codes (numba)"
+        *_, last = model.generate(HELLO, max_new_tokens=8)
+    assert last["text"] == tokenizer.decode(output[: last["tokens"]], skip_special_tokens=True)
 
 
 def test_child_survives_the_thread_that_started_it(shared: ModelProcess) -> None:

@@ -62,6 +62,7 @@ def test_two_models_make_comparable_rows(folders: tuple[Path, Path], rows: list[
         assert all({"t", "step", "total", "message"} <= event.keys() for event in events)
         assert events[0]["message"] == "loading the model" and events[-1]["step"] == events[-1]["total"]
         assert result["peak_rss_bytes"] > 10**8 and result["wall_s"] > 0
+        assert result["decode_path"] == "bfloat16 weights"
         results.append(result)
     table = build_rows(*results)
     assert [row["metric"] for row in table] == ["perplexity"] * 3 + ["accuracy"]

@@ -106,6 +106,7 @@ def test_the_result_object_has_every_number(done):
     assert result["peak_rss_bytes"] > 50e6
     (only,) = result["results"]
     assert only["rows"] == result["rows"] and only["artefact"] == result["artefact"] and only["name"] == "awq-w4-g128"
+    assert only["decode_path"] == "packed int4 kernel"
     assert "model.layers.0" in progress
 
 

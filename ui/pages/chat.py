@@ -229,7 +229,9 @@ def _facts(pair: ChatPair, side: str, state: dict[str, Any] | None = None, memor
         words.append(f"peak memory {size(memory)}")
     if not words:
         info = pair.info(side)
-        words = [f"loaded in {info['load_s']:.1f} s" if "load_s" in info else "loaded", str(info.get("dtype", ""))]
+        dtype, path = str(info.get("dtype", "")), str(info.get("decode_path", ""))
+        words = [f"loaded in {info['load_s']:.1f} s" if "load_s" in info else "loaded", dtype]
+        words += [path] if not path.startswith(dtype) else []
     return " · ".join(word for word in words if word)
 
 
