@@ -37,7 +37,7 @@ def program(request, events):
     if "config" in request:
         return prepare(request)
     if request["stage"] == "evaluate_fidelity":
-        return {"baseline": {"metrics": [divergence(0.0)]}, "quantized": {"metrics": [divergence(0.00071)]}}
+        return compare_outputs(request)
     if "baseline_dir" in request:
         return {"baseline": {"metrics": [speed(10.0)]}, "quantized": {"metrics": [speed(20.0)]}}
     return evaluate(request, events)
@@ -187,6 +187,13 @@ def evaluate(request, events):
     events.note(stage=request["stage"], step=1, total=1, message="", **({"configuration": name} if name else {}))
     quantized = request["stage"] == "evaluate_quantized"
     return {"metrics": [perplexity(2.6 if quantized else 2.5)], "peak_rss_bytes": 1, "wall_s": 0.1}
+
+
+def compare_outputs(request):
+    deadly = Path(request["spool_dir"]) / "deadly.json"
+    if deadly.exists() and request.get("configuration", "") in json.loads(deadly.read_text()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"baseline": {"metrics": [divergence(0.0)]}, "quantized": {"metrics": [divergence(0.00071)]}}
 
 
 def perplexity(value):

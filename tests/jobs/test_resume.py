@@ -25,7 +25,7 @@ def test_each_configuration_is_saved_measured_and_reported(jobs):
     for entry in entries:
         assert check_manifest(Path(entry["artefact"])) == []
         assert entry["manifest"]["configuration"]["name"] == entry["name"]
-        assert [r["metric"] for r in entry["rows"]] == ["perplexity", "size", "tokens/s"]
+        assert [r["metric"] for r in entry["rows"]] == ["perplexity", "KL divergence", "size", "tokens/s"]
         assert entry["table"].startswith("| Model") and len(entry["layers"]) == 4
         assert entry["skipped"] == {"lm_head": "is to be kept"} and entry["notes"] == [f"note of {entry['name']}"]
         assert entry["bytes"] == 128
@@ -34,7 +34,7 @@ def test_each_configuration_is_saved_measured_and_reported(jobs):
     }
     assert job.artefact == str(folder / "w4")
     timings = job.result["timings"]
-    for stage in ("publish", "evaluate_quantized", "benchmark"):
+    for stage in ("publish", "evaluate_quantized", "evaluate_fidelity", "benchmark"):
         each = timings[stage]["configurations"]
         assert set(each) == {"w4", "w3"}
         assert timings[stage]["wall_s"] == pytest.approx(sum(one["wall_s"] for one in each.values()), abs=0.002)
@@ -119,7 +119,7 @@ def test_one_failed_measurement_spares_the_others_and_is_all_that_is_made_up_for
     entries = {e["name"]: e for e in results_of(ended.result)}
     assert [r["metric"] for r in entries["w3"]["rows"]] == ["size"] and "no luck" in entries["w3"]["reason"]
     for name in ("w4", "w2"):
-        assert len(entries[name]["rows"]) == 3 and entries[name]["reason"] is None
+        assert len(entries[name]["rows"]) == 4 and entries[name]["reason"] is None
     assert all(check_manifest(Path(e["artefact"])) == [] for e in entries.values())
     (jobs.home.run_dir(job.uid) / "fail.json").unlink()
     before = ended.result["timings"]["evaluate_quantized"]["configurations"]["w4"]
@@ -127,10 +127,29 @@ def test_one_failed_measurement_spares_the_others_and_is_all_that_is_made_up_for
     assert done.state == "succeeded", done.reason
     assert jobs.calls(job) == [0]
     assert done.result["timings"]["evaluate_quantized"]["configurations"]["w4"] == before
-    assert all(len(e["rows"]) == 3 and e["reason"] is None for e in results_of(done.result))
+    assert all(len(e["rows"]) == 4 and e["reason"] is None for e in results_of(done.result))
     told = jobs.log(job)
     assert "stage Evaluate quantized (w4) was done by an earlier attempt" in told
     assert "stage Evaluate quantized (w3) was done by an earlier attempt" not in told
+
+
+def test_a_comparison_of_outputs_that_was_killed_is_all_that_is_made_up_for(jobs):
+    job = jobs.start({"name": "w4"}, {"name": "w3"}, measure=True)
+    jobs.home.run_dir(job.uid).mkdir(parents=True, exist_ok=True)
+    (jobs.home.run_dir(job.uid) / "deadly.json").write_text('["w3"]')
+    ended = jobs.until(job)
+    assert ended.state == "failed" and "w3: stage 'Compare outputs'" in ended.reason and "signal 9" in ended.reason
+    w4, w3 = results_of(ended.result)
+    assert [r["metric"] for r in w4["rows"]] == ["perplexity", "KL divergence", "size", "tokens/s"]
+    assert [r["metric"] for r in w3["rows"]] == ["perplexity", "size"]
+    (jobs.home.run_dir(job.uid) / "deadly.json").unlink()
+    done = jobs.resume(job)
+    assert done.state == "succeeded", done.reason
+    assert [len(entry["rows"]) for entry in results_of(done.result)] == [4, 4]
+    told = jobs.log(job)
+    assert told.count("stage Compare outputs (w4): tests.jobs.fake") == 1
+    assert told.count("stage Compare outputs (w3): tests.jobs.fake") == 2
+    assert told.count("stage Evaluate quantized (w3): tests.jobs.fake") == 1
 
 
 def test_other_inputs_are_never_mixed_with_earlier_layers(jobs, tmp_path):
@@ -211,10 +230,10 @@ def test_measuring_again_measures_everything_and_keeps_the_model(jobs):
     assert (again.state, again.attempt) == ("succeeded", 2), again.reason
     assert weights(jobs.folder(done)) == before and again.result["manifest"] == manifest and jobs.calls(done) == [0]
     told = jobs.log(done)
-    for stage in ("Evaluate baseline", "Evaluate quantized", "Benchmark"):
+    for stage in ("Evaluate baseline", "Evaluate quantized", "Compare outputs", "Benchmark"):
         assert told.count(f"stage {stage}: tests.jobs.fake") == 2
     assert "stage Quantize was done by an earlier attempt" in told
-    assert len(again.result["rows"]) == len(done.result["rows"]) == 3
+    assert len(again.result["rows"]) == len(done.result["rows"]) == 4
 
 
 def test_measuring_again_goes_on_where_it_died(jobs):
