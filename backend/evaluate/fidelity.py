@@ -7,9 +7,10 @@ whether it is still the same model, and tells small damage far sooner, since no 
 
 REQUEST: `{"baseline_dir", "quantized_dir", "base": {"name", "sha256"}, "device", "dtype", "text_file", "text_name",
 "window", "max_windows", "windows", "batch_size", "spool_dir", "stage", "configuration"}`, the last two for its events.
-`windows` of them are compared, out of the first `max_windows` (null: of all). RESULT: `{"baseline": {"metrics"},
-"quantized": {"metrics"}, "together", "peak_rss_bytes", "wall_s"}`: the baseline's values are 0 by definition, and
-`together` says whether both models were in memory at once. torch is imported once the request is known to be sound.
+`windows` of them are compared, out of the first `max_windows` (null: of all). RESULT: `{"baseline": {"metrics",
+"decode_path"}, "quantized": {...}, "together", "peak_rss_bytes", "wall_s"}`: the baseline's values are 0 by definition,
+`decode_path` says in words how a model was run, and `together` whether both were in memory at once. torch is imported
+once the request is known to be sound.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def measure(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     every = full_windows(load_tokenizer(base_dir), rows, int(request.get("window", 512)), request.get("max_windows"))
     windows = spread(every, int(request.get("windows", len(every.tokens))))
     found, facts, together = _compare(request, windows, progress)
+    paths = facts.pop("decode_paths")
     base = request.get("base") or {}
     stated = {
         **windows.protocol,
@@ -82,8 +84,9 @@ def measure(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
         "log_softmax": "float32",
         "versions": versions("torch", "transformers", "tokenizers"),
     }
+    sides = metrics_of(found, stated)
     return {
-        **metrics_of(found, stated),
+        **{side: {**sides[side], "decode_path": path} for side, path in zip(sides, paths, strict=True)},
         "together": together,
         "peak_rss_bytes": peak_resident_bytes(),
         "wall_s": time.monotonic() - started,
@@ -120,19 +123,21 @@ def _compare(
     """Compare with both models in memory if that works, else in turns.
 
     Returns:
-        What was found, the type and device that it was computed in, and whether the models were there together.
+        What was found; `dtype`, `device` and the `decode_paths` of both; and whether they were there together.
     """
     import torch
 
     from backend.evaluate.divergence import compare_in_turns, compare_together, free_memory
     from backend.evaluate.perplexity import check_context
+    from backend.formats.decode_path import decode_path
 
-    device, types = str(request.get("device", "cpu")), dict[str, None]()
+    device, types, paths = str(request.get("device", "cpu")), dict[str, None](), dict[Path, str]()
 
     def opened(folder: Path) -> PreTrainedModel:
         model, _ = open_model(folder, device, request.get("dtype"))
         check_context(model, windows)
         types[str(model.dtype).removeprefix("torch.")] = None
+        paths[folder] = decode_path(model)
         return model
 
     folders = Path(request["baseline_dir"]), Path(request["quantized_dir"])
@@ -151,7 +156,8 @@ def _compare(
         on_step = partial(_tell, progress, 2 * count, "divergence, one model after the other")
         spool_dir = Path(request.get("spool_dir") or ".")
         found = compare_in_turns(*both, windows, spool_dir=spool_dir, batch_size=batch_size, on_step=on_step)
-    return found, {"dtype": " and ".join(types), "device": torch.device(device).type}, together
+    facts = {"dtype": " and ".join(types), "device": torch.device(device).type}
+    return found, {**facts, "decode_paths": [paths[folder] for folder in folders]}, together
 
 
 def _tell(progress: Progress, total: int, message: str, done: int) -> None:

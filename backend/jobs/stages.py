@@ -121,6 +121,7 @@ def _report(run: Run) -> None:
         if entry is None:
             continue  # it could not be made; why, the job tells
         evaluation = measure.result_of(run, "evaluate_quantized", configuration)
+        fidelity = measure.result_of(run, "evaluate_fidelity", configuration)
         speed = measure.result_of(run, "benchmark", configuration)
         rows = build_rows(
             run.stage_result("evaluate_baseline") if evaluation else nothing,
@@ -128,10 +129,10 @@ def _report(run: Run) -> None:
             baseline_bytes=baseline_bytes,
             quantized_bytes=entry["bytes"],
             bits=_stored_bits(run.result["model_dir"], entry["artefact"]),
-            fidelity=measure.result_of(run, "evaluate_fidelity", configuration),
+            fidelity=fidelity,
             speed=speed,
         )
-        ran_by = (speed or {}).get("quantized", evaluation or nothing).get("decode_path")
+        ran_by = (speed or fidelity or {}).get("quantized", evaluation or nothing).get("decode_path")
         entry.update(
             rows=rows, table=format_table(rows, run.job.model), decode_path=ran_by,
             reason=run.failures.get(configuration.name),

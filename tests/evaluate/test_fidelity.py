@@ -198,6 +198,7 @@ def test_the_program_compares_the_models_of_two_folders(
     assert code == 0 and result is not None, stderr
     assert {(e["stage"], e["configuration"]) for e in events} == {("evaluate_fidelity", "w4")}
     assert events[0]["message"] == "loading the models" and events[-1]["step"] == events[-1]["total"] == 10
+    assert [result[side]["decode_path"] for side in ("baseline", "quantized")] == ["bfloat16 weights"] * 2
     assert result["together"] and result["peak_rss_bytes"] > 10**8
     base, quantized = (result[side]["metrics"] for side in ("baseline", "quantized"))
     kl, flips = quantized
