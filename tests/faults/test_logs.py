@@ -1,4 +1,4 @@
-"""Programs that do their worst to a log: what is on disk stays small, readable and without secrets, nobody stalls."""
+"""Programs that do their worst to a log (fault 23): it stays small, readable, without secrets; nobody stalls."""
 
 import json
 import os

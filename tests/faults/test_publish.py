@@ -1,4 +1,4 @@
-"""A runner killed at every step of publication: the model is there once and whole, and the job succeeds."""
+"""A runner killed at every step of publication (fault 7): the model is there once and whole."""
 
 import signal
 

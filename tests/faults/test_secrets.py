@@ -16,7 +16,7 @@ from ui.logview import log_after
 
 @pytest.mark.parametrize("end", ["well", "badly"])
 def test_a_jobs_token_stays_in_its_programs(jobs, monkeypatch, end):
-    """Fault 15 of the adversarial list: log line, trace, URL, environment, split writes; and `ps` shows none."""
+    """In a line, a trace, an address, the environment, in pieces; and `ps` shows none."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     job = jobs.create({"name": "w4", "settings": {"sleep_at": 1}}, spill=end)
     launch.ensure_scheduler(jobs.home)
