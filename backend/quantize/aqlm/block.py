@@ -129,9 +129,9 @@ class BlockJob:
         self._doing("writing")
         stored = {linear: weight.stored() for linear, weight in trained.items()}
         parameters = self._settle(stored)
+        self._write(stored, parameters)
         if result.best_epoch:
             after = self._error(data)
-        self._write(stored, parameters)
         for _ in self.stream.advance(self.index, self.layer):
             pass
         clock.lap("finish")
@@ -187,6 +187,7 @@ class BlockJob:
                 else:
                     data.run(self.layer, number)
         watcher.check(f"Layer {self.index}")
+        data.check()
         return watcher.grams
 
     def _fit(self, grams: dict[InputGroup, Gram]) -> dict[str, Found]:

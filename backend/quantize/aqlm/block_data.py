@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -37,20 +38,23 @@ class BlockData:
         return self.held_out or self.training
 
     def record(self, layer: nn.Module, number: int) -> None:
-        """Run the dense layer on a part and keep its output as the target.
-
-        Raises:
-            ModelError: If it is not finite.
-        """
+        """Run the dense layer on a part and keep its output as the target."""
         hidden, output = self._stream.inputs(number), self.run(layer, number)
         self._targets.write(number, output, first=True)
         added = self._text(number, output.float() - hidden.float())
         self._signal[number] = float(added.square().sum())
         self._tokens[number], self._samples[number] = len(added), len(hidden)
-        if not torch.isfinite(torch.tensor(self._signal[number])):
+
+    def check(self) -> None:
+        """Refuse targets that are not finite.
+
+        Raises:
+            ModelError: Naming the layer.
+        """
+        if not all(map(math.isfinite, self._signal.values())):
             raise ModelError(
-                f"Layer {self._index}: its outputs on the calibration text are not finite in "
-                f"{str(self._stream.dtype).removeprefix('torch.')}. Check the model's weights, or compute in float32."
+                f"Layer {self._index}: its outputs on the calibration text are not finite, or their squares overflow, "
+                f"in {str(self._stream.dtype).removeprefix('torch.')}."
             )
 
     def run(self, layer: nn.Module, number: int) -> Tensor:
