@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from backend.engines.aqlm_plan import tune_settings
@@ -66,6 +67,28 @@ def held_out(config: JobConfig, sequences: int) -> int:
         key = f"llm.AQLM.finetune_config.{error.key}"
         raise ConfigErrors([ConfigError(error.detail, key=key, value=error.value)]) from None
     return held
+
+
+def check_block_type(model_dir: Path, wanted: str | None) -> None:
+    """Refuse the name of a class that the model's decoder layers are not of, hours before tuning would.
+
+    Raises:
+        ConfigErrors: If it is another one.
+    """
+    if wanted is None:
+        return
+    import torch
+
+    from backend.formats.skeleton import read_config
+    from backend.quantize.architecture import describe
+
+    architecture = describe(read_config(model_dir), torch.float32)
+    found = type(architecture.layers[0]).__name__
+    if found != wanted:
+        message = (
+            f"found {wanted!r}; the decoder layers of {architecture.name} are {found}; set that, or leave it empty"
+        )
+        raise ConfigErrors([ConfigError(message, key="llm.AQLM.finetune_config.block_type", value=wanted)])
 
 
 def _settings(config: JobConfig) -> AQLMSettings:

@@ -10,7 +10,8 @@ from backend.errors import ConfigError
 from backend.jobs.export import export_text
 from backend.schema import parse_yaml
 from backend.schema.llmcompressor import FREE_GROUP_RECIPES, INTEGER_WEIGHTS, RECIPES
-from tests.conftest import demo_text
+from tests.conftest import EXAMPLES, demo_text
+from tests.jobs.aqlm_jobs import aqlm_text
 
 
 def test_yaml_is_the_file_as_submitted(guide_text):
@@ -172,3 +173,21 @@ def test_nyuntam_gets_no_keys_of_our_own():
     text = job("AutoAWQ", {"ZERO_POINT": True, "W_BIT": [4], "ENGINE": "native", "FORMAT": "auto"})
     section = parse_yaml(export_text(text, "nyuntam")).values["llm"]["AutoAWQ"]
     assert section == {"ZERO_POINT": True, "W_BIT": 4}
+
+
+def test_the_original_system_gets_its_aqlm_without_what_is_ours():
+    text = aqlm_text("job", FINETUNE_DATA={"PRESET": "gsm8k_restructured"}, CALIBRATION={"SAMPLES": 64, "SEED": 3})
+    found = parse_yaml(export_text(text, "nyuntam")).values
+    section = found["llm"]["AQLM"]
+    assert set(section) == {"save_intermediate_results", "calibration_config", "finetune_config"}
+    assert (section["calibration_config"]["nsamples"], section["calibration_config"]["seed"]) == (64, 3)
+    assert section["calibration_config"]["model_seqlen"] == 32
+    assert not {"CALIBRATION", "EVALUATION", "BENCHMARK"} & set(found)
+    guide = (EXAMPLES / "aqlm_guide.yaml").read_text(encoding="utf-8")
+    assert export_text(guide, "nyuntam") == guide
+
+
+def test_llm_compressor_has_no_aqlm():
+    with pytest.raises(ConfigError, match="llm-compressor does not have") as caught:
+        export_text(aqlm_text("job"), "llmcompressor")
+    assert caught.value.key == "ALGORITHM"

@@ -89,3 +89,20 @@ def test_sample_without_text_is_refused():
 @pytest.mark.parametrize(("written", "read"), [(True, "on"), (False, "off"), ("on", "on"), ("auto", "auto")])
 def test_a_bare_on_or_off_in_the_file_is_understood(written, read):
     assert read == CalibrationSettings.model_validate({"CHAT_TEMPLATE": written}).CHAT_TEMPLATE
+
+
+def test_full_takes_long_rows_alone_reads_each_once_and_says_how_many_there_are():
+    data = ["1 2 3", "4 5 6 7 8", "", "9 10 11 12", "13 14 15"]
+    assert cut(data, samples=2, length=4, packing="full") == [[4, 5, 6, 7], [9, 10, 11, 12]]
+    read = []
+
+    def once():
+        for row in data:
+            read.append(row)
+            yield row
+
+    with pytest.raises(DataError, match="2 of 4 rows .* have 4 tokens or more, and 3 sequences are wanted") as caught:
+        cut(once(), samples=3, length=4, packing="full")
+    assert "PACKING to join" in caught.value.message and read == data
+    with pytest.raises(DataError, match="all are empty"):
+        cut(["", " "], packing="full")
