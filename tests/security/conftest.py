@@ -1,11 +1,17 @@
-"""Running dashboards for a module's tests."""
+"""Running dashboards, and a model folder to spoil."""
 
 from __future__ import annotations
+
+import shutil
+from pathlib import Path
 
 import pytest
 
 from backend import accounts
+from backend.demo import MODEL_DIR
 from backend.paths import Home
+from tests.formats.models import make_model
+from tests.security.folders import TOKENIZER_FILES
 from tests.security.site import PASSWORD, PUBLIC, running
 
 
@@ -30,3 +36,24 @@ def site(tmp_path_factory):
 def ada(site):
     with site.login() as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with a tokenizer."""
+    folder = make_model(tmp_path_factory.mktemp("models") / "model")
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(MODEL_DIR / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def model(pristine: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be spoilt."""
+    return shutil.copytree(pristine, tmp_path / "model")
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Path:
+    """A file that only a payload makes."""
+    return tmp_path / "canary"
