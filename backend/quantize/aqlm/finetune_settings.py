@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,10 +46,9 @@ class FinetuneSettings:
         _whole("finetune_max_epochs", self.max_epochs, 0)
         _whole("finetune_batch_size", self.batch_size, 1)
         _whole("finetune_early_stop", self.early_stop, 1)
-        _number("finetune_lr", self.lr, 0, float("inf"))
-        for key, beta in (("finetune_adam_beta1", self.beta1), ("finetune_adam_beta2", self.beta2)):
-            if beta != 0:
-                _number(key, beta, 0, 1)
+        _number("finetune_lr", self.lr, lambda lr: 0 < lr < math.inf, "numbers above 0")
+        _number("finetune_adam_beta1", self.beta1, lambda beta: 0 <= beta < 1, "numbers from 0 and below 1")
+        _number("finetune_adam_beta2", self.beta2, lambda beta: 0 <= beta < 1, "numbers from 0 and below 1")
         if self.local_batch_size is not None:
             _whole("local_batch_size", self.local_batch_size, 1)
             if self.batch_size % self.local_batch_size:
@@ -81,6 +81,6 @@ def _whole(key: str, value: object, low: int) -> None:
         raise ConfigError(f"found {value!r}; allowed are whole numbers from {low}", key=key, value=value)
 
 
-def _number(key: str, value: object, above: float, below: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < below:
-        raise ConfigError(f"found {value!r}; allowed are numbers above {above} and below {below}", key=key, value=value)
+def _number(key: str, value: object, allowed: Callable[[float], bool], told: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not allowed(value):
+        raise ConfigError(f"found {value!r}; allowed are {told}", key=key, value=value)
