@@ -171,10 +171,10 @@ def test_a_job_runs_it_in_its_own_programs_alone(home, model, canary):
     done = cli(home, "run", str(home.root / "job.yaml"), "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     programs = {line.split(" -m ")[1].split()[0] for line in canary.read_text().splitlines()}
-    assert programs <= {
-        "backend.sources.prepare", "backend.engines.native", "backend.evaluate.worker", "backend.chat.model_process",
+    run_models = {
+        "backend.engines.native", "backend.evaluate.worker", "backend.evaluate.fidelity", "backend.chat.model_process",
     }  # fmt: skip
-    assert {"backend.engines.native", "backend.evaluate.worker", "backend.chat.model_process"} <= programs
+    assert run_models <= programs <= run_models | {"backend.sources.prepare"}
     job = JobStore(home).get("canary")
     artefact = Path(job.artefact)
     assert {"configuration_canary.py", "modeling_canary.py"} <= read_manifest(artefact)["files"].keys()
