@@ -1,6 +1,6 @@
 """Who the server answers without accounts: its own pages and programs of this machine, nobody else.
 
-What an attacker tries is in `tests/security/test_web.py`, against a real server.
+What an attacker tries is in `tests/security/test_web_*.py`, against a real server.
 """
 
 from __future__ import annotations
