@@ -31,7 +31,7 @@ class MemoryHint:
     sequences: int
     length: int
     finetune: FinetuneSettings | None
-    doing: str = "preparing"
+    doing: str = "embedding the text"
     finetuning: bool = False
 
     def advice(self) -> str:

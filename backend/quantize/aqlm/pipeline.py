@@ -120,10 +120,12 @@ def calibrate(
         if state is None:
             checkpoint.clear()
     stage("embed")
-    stream = LayerStream(
-        architecture, weights, tokens, lengths, device, dtype, microbatch=microbatch, folder=checkpoint_dir,
-        memory_limit=memory_limit // 2, start=state["layer"] if state else 0, held_out=val_size,
-    )  # fmt: skip
+    hint = MemoryHint(device, microbatch or max(1, MICROBATCH_TOKENS // tokens.shape[-1]), tokens.shape[-1], finetune)
+    with hint.explained():
+        stream = LayerStream(
+            architecture, weights, tokens, lengths, device, dtype, microbatch=microbatch, folder=checkpoint_dir,
+            memory_limit=memory_limit // 2, start=state["layer"] if state else 0, held_out=val_size,
+        )  # fmt: skip
     if state and stream.start:
         writer.restore(state["writers"][0])
         report.layers, report.resumed_at = state["reports"], stream.start
@@ -136,8 +138,6 @@ def calibrate(
     codes = FoundCodes(checkpoint_dir, key)
     targets = stream.store("targets")
     plan = Plan(scheme, search, finetune, true_sequential, seed, kept)
-    length = tokens.shape[-1]
-    hint = MemoryHint(device, microbatch or max(1, MICROBATCH_TOKENS // length), length, finetune)
     with FitPool(workers) as pool:
         for index in range(report.resumed_at, stream.layers):
             with hint.explained(), stream.layer(index) as layer:
