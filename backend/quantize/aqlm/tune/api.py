@@ -15,7 +15,9 @@ from backend.errors import DataError
 from backend.formats.additive_reader import read_unquantized
 from backend.formats.additive_weight import AdditiveWeight
 from backend.formats.aqlm import PARTS
+from backend.formats.headers import read_headers
 from backend.formats.size import artefact_order
+from backend.formats.skeleton import match_tensors, read_config
 from backend.quantize.activations import MEMORY_LIMIT
 from backend.quantize.aqlm.tune.group import Group
 from backend.quantize.aqlm.tune.job import Outcome, TuneJob, run
@@ -24,6 +26,7 @@ from backend.quantize.aqlm.tune.progress import Progress
 from backend.quantize.aqlm.tune.report import StepReport, TuneReport
 from backend.quantize.aqlm.tune.settings import TuneSettings
 from backend.quantize.aqlm.tune.student import amp_dtype
+from backend.quantize.architecture import describe
 
 
 class Writer(Protocol):
@@ -116,9 +119,22 @@ def _write(job: TuneJob, processes: int, outcome: Outcome, writer: Writer) -> No
             writer.add_additive(name, AdditiveWeight(*(best[f"{name}.{p}"] for p in PARTS)), best.get(f"{name}.bias"))
 
 
+def _kept(folder: Path) -> list[str]:
+    """Linears of the decoder layers that a checkpoint holds unquantized, by name in the model."""
+    architecture = describe(read_config(folder), torch.float32)
+    stored = {info.name for info in read_headers(folder)}
+    dense = match_tensors(architecture.model, [n for n in stored if n.rpartition(".")[2] not in PARTS]).stored
+    names = (
+        f"{architecture.layers_path}.{index}.{name}"
+        for index in range(len(architecture.layers))
+        for name in architecture.linears(index)
+    )
+    return [name for name in names if f"{name}.weight" in dense]
+
+
 def _report(job: TuneJob, processes: int, outcome: Outcome) -> TuneReport:
     history = outcome.history
-    notes = list(outcome.notes)
+    notes = list(history.notes)
     if history.best_step == 0:
         notes.append("no step came nearer to the base model on the validation text; the model is as it was given")
     return TuneReport(
@@ -128,7 +144,7 @@ def _report(job: TuneJob, processes: int, outcome: Outcome) -> TuneReport:
         best_step=history.best_step,
         steps=history.step,
         stopped=history.stopped,
-        kept=dict.fromkeys(outcome.kept, "it is not quantized in the model that was tuned"),
+        kept=dict.fromkeys(_kept(job.quantized), "it is not quantized in the model that was tuned"),
         notes=tuple(notes),
         tokens=job.train.numel(),
         validation_tokens=job.validation.numel(),

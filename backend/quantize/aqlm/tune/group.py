@@ -50,6 +50,7 @@ class Group:
             dist.barrier()
 
 
+@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """The rows of a parameter or gradient that this process holds, sharing memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

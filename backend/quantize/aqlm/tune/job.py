@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from backend.errors import DataError
+from backend.errors import ConfigError, DataError
 from backend.files import write_json
+from backend.formats.skeleton import read_config
 from backend.quantize.aqlm.tune.group import Group
 from backend.quantize.aqlm.tune.memory import explained
 from backend.quantize.aqlm.tune.progress import History, Progress
@@ -21,6 +22,7 @@ from backend.quantize.aqlm.tune.settings import TuneSettings
 from backend.quantize.aqlm.tune.student import Student, amp_dtype
 from backend.quantize.aqlm.tune.teacher import make_teachers
 from backend.quantize.aqlm.tune.tuner import Text, Tuner
+from backend.quantize.architecture import describe
 from backend.quantize.checkpoint import fingerprint
 
 TOKENS = "tokens.safetensors"
@@ -87,14 +89,10 @@ class Outcome:
 
     Attributes:
         history: All that has happened.
-        kept: Linears of the decoder layers that are not quantized.
-        notes: Deviations worth telling.
         resumed_at: Step at which it was taken up.
     """
 
     history: History
-    kept: tuple[str, ...]
-    notes: tuple[str, ...]
     resumed_at: int
 
 
@@ -116,6 +114,7 @@ def run(
         on_stage: Called with `teacher`, `load`, `tune`.
 
     Raises:
+        ConfigError: If `block_type` is no class of the model's decoder layers.
         DataError: If a token is not the model's.
         ModelError: If a model is of a kind that is not supported, or what it predicts is not finite.
         CheckpointError: If files are broken, or the disk is full.
@@ -123,35 +122,43 @@ def run(
     """
     settings = job.settings
     texts = {"train": job.train, "validation": job.validation}
+    _check(job)
     progress = Progress(job.work, job.key(group.size), group)
     before = progress.load()
     resumed_at = before.step if before else 0
+    if before is not None and before.finished:
+        return Outcome(before, resumed_at)
     with explained(settings, group.size, job.train.shape[1], device):
-        if before is None or not before.finished:
-            on_stage("teacher")
-            teachers, live = make_teachers(
-                job.base, texts, device=device, dtype=amp_dtype(settings, device), group=group, work=job.work,
-                memory_limit=job.memory_limit,
-            )  # fmt: skip
-            on_stage("load")
+        on_stage("teacher")
+        teachers, live = make_teachers(
+            job.base, texts, device=device, dtype=amp_dtype(settings, device), group=group, work=job.work,
+            memory_limit=job.memory_limit,
+        )  # fmt: skip
+        on_stage("load")
         student = Student(job.quantized, settings, device, group)
-        for name, tokens in texts.items():
-            _check_tokens(name, tokens, student.vocabulary)
-        if before is not None and before.finished:
-            return Outcome(before, tuple(student.kept), (), resumed_at)
         on_stage("tune")
         train, validation = (Text(tokens, teachers[name]) for name, tokens in texts.items())
         tuner = Tuner(
             student, train, validation, settings, group, device, progress, save_states=job.save_states, tell=on_step
         )
-        history = tuner.run()
-    notes = [f"the base model ran in every step, since {live}"] if live else []
-    return Outcome(history, tuple(student.kept), tuple(notes), resumed_at)
+        notes = [f"the base model ran in every step, since {live}"] if live else []
+        return Outcome(tuner.run(notes), resumed_at)
 
 
-def _check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise DataError(
-            f"The {name} tokens go from {int(tokens.min())} to {int(tokens.max())}, but the model knows {vocabulary}; "
-            "was the text tokenized with another model's tokenizer?"
+def _check(job: TuneJob) -> None:
+    """What can be refused before a weight is read."""
+    architecture = describe(read_config(job.base), torch.float32)
+    found = type(architecture.layers[0]).__name__
+    block_type = job.settings.block_type
+    if block_type not in (None, found):
+        raise ConfigError(
+            f"found {block_type!r}; the decoder layers of {architecture.name} are {found}; set that, or leave it empty",
+            key="block_type",
+            value=block_type,
         )
+    for name, tokens in (("training", job.train), ("validation", job.validation)):
+        if int(tokens.min()) < 0 or int(tokens.max()) >= architecture.vocabulary:
+            raise DataError(
+                f"The {name} tokens go from {int(tokens.min())} to {int(tokens.max())}, but the model knows "
+                f"{architecture.vocabulary}; was the text tokenized with another model's tokenizer?"
+            )

@@ -66,6 +66,8 @@ class Lamb:
             number: Of this step for these parameters, counted from 1.
             factor: Of the learning rate.
         """
+        if not grads:
+            return
         updates = {name: self._update(name, grad.to(torch.float32), number) for name, grad in grads.items()}
         ratios = self._trust_ratios(updates) if self._lamb else dict.fromkeys(updates, 1.0)
         for name, update in updates.items():

@@ -85,10 +85,7 @@ def outcome_from(facts: dict[str, Any]) -> Outcome:
     """The inverse of `asdict`."""
     history = facts["history"]
     measurements = [Measurement(**values) for values in history["measurements"]]
-    return Outcome(
-        History(**{**history, "measurements": measurements}),
-        tuple(facts["kept"]), tuple(facts["notes"]), facts["resumed_at"],
-    )  # fmt: skip
+    return Outcome(History(**{**history, "measurements": measurements}), facts["resumed_at"])
 
 
 def event(**values: Any) -> str:

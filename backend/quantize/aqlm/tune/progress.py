@@ -35,6 +35,7 @@ class History:
         changed: Part of all groups that got new codes, of each step.
         measurements: On the validation sequences.
         best_step: Steps after which the best model was there.
+        notes: Deviations worth telling.
         stopped: Why it ended before its last step; None: it did not.
         finished: Nothing is left to do.
     """
@@ -44,6 +45,7 @@ class History:
     changed: list[float] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     best_step: int = 0
+    notes: list[str] = field(default_factory=list)
     stopped: str | None = None
     finished: bool = False
 

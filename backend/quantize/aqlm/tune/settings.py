@@ -32,6 +32,7 @@ class TuneSettings:
         update_codebooks_and_scales: Let codebooks and scales change.
         update_non_quantized_parameters: Let norms, embeddings, the head, biases and unquantized Linears change.
         lr: Step of the P part.
+        codebook_lr: That of codebooks and scales, where it is to be another one; None: lr. Ours.
         adam_beta1: Decay of the mean gradient, P part.
         adam_beta2: Decay of the mean squared gradient, P part.
         code_lr: Step of the straight-through buffer of the weights, from which codes follow.
@@ -72,6 +73,7 @@ class TuneSettings:
     update_codebooks_and_scales: bool = True
     update_non_quantized_parameters: bool = True
     lr: float = 3e-4
+    codebook_lr: float | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     code_lr: float = 3e-3
@@ -113,8 +115,9 @@ class TuneSettings:
             if getattr(self, key) != 0:
                 _number(key, getattr(self, key), 0.0, 1.0, closed=False)
         _number("max_code_change_per_step", self.max_code_change_per_step, 0.0, 1.0, closed=True)
-        if self.code_trust_ratio is not None:
-            _number("code_trust_ratio", self.code_trust_ratio, 0.0, float("inf"), closed=False)
+        for key in ("codebook_lr", "code_trust_ratio"):
+            if getattr(self, key) is not None:
+                _number(key, getattr(self, key), 0.0, float("inf"), closed=False)
         if self.delta_decay != 0:
             _number("delta_decay", self.delta_decay, 0.0, 1.0, closed=True)
         _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
@@ -131,8 +134,15 @@ class TuneSettings:
         """Sequences of `length` tokens that each process computes at a time.
 
         Raises:
-            ConfigError: If the batch cannot be shared out evenly.
+            ConfigError: If the batch cannot be shared out evenly, or the weights cannot be in their type.
         """
+        if processes > 1 and self.master_dtype != "float32":
+            raise ConfigError(
+                f"found {self.master_dtype!r} with {processes} processes, which share weights in float32; set float32, "
+                "or start one process",
+                key="master_dtype",
+                value=self.master_dtype,
+            )
         share, rest = divmod(self.batch_size, processes)
         if rest:
             raise ConfigError(

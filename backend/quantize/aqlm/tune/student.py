@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from backend.errors import CheckpointError, ConfigError
+from backend.errors import CheckpointError
 from backend.formats.additive_reader import read_additive, read_unquantized
 from backend.formats.additive_weight import AdditiveWeight
 from backend.formats.aqlm import PARTS
@@ -42,11 +42,8 @@ class Student:
         model: Its modules.
         linears: Quantized Linears, by name in the checkpoint's files.
         others: The other parameters, float32, by name in the files; of each, the rows that this process holds.
-        kept: Linears of the decoder layers that are not quantized, by name in the model.
-        vocabulary: Token ids lie below.
 
     Raises:
-        ConfigError: If `block_type` is no class of its decoder layers.
         ModelError: If the folder is no AQLM checkpoint of a supported model.
         CheckpointError: If its files are broken or do not fit the model.
     """
@@ -54,21 +51,13 @@ class Student:
     def __init__(self, folder: Path, settings: TuneSettings, device: torch.device, group: Group) -> None:
         self._settings, self._device, self._group = settings, device, group
         architecture = describe(read_config(folder), torch.float32)
-        _check_block_type(architecture, settings.block_type)
-        self.model, self.vocabulary = architecture.model, architecture.vocabulary
+        self.model = architecture.model
         self.linears: dict[str, TunedLinear] = {}
         self._weights: dict[str, nn.Linear] = {}
         names: dict[str, str] = {}  # of the other parameters: in the files -> in the model
         self._load(folder, architecture, names)
         self._parameters = {stored: self.model.get_parameter(name) for stored, name in sorted(names.items())}
         self.others = {stored: local(parameter) for stored, parameter in self._parameters.items()}
-        quantized = set(self._weights.values())
-        self.kept = [
-            f"{architecture.layers_path}.{index}.{name}"
-            for index in range(len(architecture.layers))
-            for name, linear in architecture.linears(index).items()
-            if linear not in quantized
-        ]
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(n, L) -> (n, L, vocabulary)."""
@@ -183,13 +172,3 @@ def _layer_of(name: str, architecture: Architecture) -> int:
 def _check_shape(folder: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if tuple(found) != tuple(expected):
         raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}; config.json says {tuple(expected)}.")
-
-
-def _check_block_type(architecture: Architecture, block_type: str | None) -> None:
-    found = type(architecture.layers[0]).__name__
-    if block_type not in (None, found):
-        raise ConfigError(
-            f"found {block_type!r}; the decoder layers of {architecture.name} are {found}; set that, or leave it empty",
-            key="block_type",
-            value=block_type,
-        )

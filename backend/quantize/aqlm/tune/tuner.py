@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,15 +76,20 @@ class Tuner:
         self._size = settings.microbatch(group.size, train.tokens.shape[1])
         self._groups = sum(linear.total_groups for linear in student.linears.values())
         self._first_v = settings.p_only_epochs * len(train.tokens) // settings.batch_size  # step of the first V part
-        self._continuous = self._continuous_optimizer()
+        self._codebooks, self._rest = self._continuous_optimizers()
         self._codes: Lamb | None = None
         self.history = History()
 
-    def run(self) -> History:
-        """From wherever an earlier process came to the end. All gradients are of means over tokens."""
+    def run(self, notes: list[str]) -> History:
+        """From wherever an earlier process came to the end. All gradients are of means over tokens.
+
+        Args:
+            notes: What is to stand in the history from its beginning.
+        """
         kept = self._progress.load()
         if kept is None:
             self._progress.clear()
+            self.history.notes = notes
             self._measure()
             if not self.history.measurements:
                 raise ModelError("The base model or the quantized one predicts NaN for the validation text.")
@@ -92,8 +98,7 @@ class Tuner:
             self._save()
         else:
             self.history = kept
-            if not kept.finished:
-                self._restore(self._progress.state(kept.step))
+            self._restore(self._progress.state(kept.step))
         while not self.history.finished:
             self._step()
         return self.history
@@ -153,7 +158,8 @@ class Tuner:
     def _move_continuous(self, number: int, factor: float) -> dict[str, Tensor]:
         """The P step. Returns the weights' gradients, where the V step needs them."""
         settings, student = self._settings, self._student
-        moves: dict[str, Tensor] = {}
+        of_codebooks: dict[str, Tensor] = {}
+        of_rest: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
         for name, linear in student.linears.items():
             grad = student.gradient(name)
@@ -161,15 +167,16 @@ class Tuner:
                 continue
             grad /= self._tokens
             if settings.update_codebooks_and_scales:
-                moves[f"{name}.codebooks"], moves[f"{name}.scales"] = linear.gradients(grad)
+                of_codebooks[f"{name}.codebooks"], of_codebooks[f"{name}.scales"] = linear.gradients(grad)
             if settings.update_codes and self._codes is not None:
                 weights[name] = grad
         if settings.update_non_quantized_parameters:
             for name in student.others:
                 grad = student.gradient(name)
                 if grad is not None:
-                    moves[name] = grad.div_(self._tokens)
-        self._continuous.step(moves, number, factor)
+                    of_rest[name] = grad.div_(self._tokens)
+        self._codebooks.step(of_codebooks, number, factor)
+        self._rest.step(of_rest, number, factor)
         return weights
 
     def _move_codes(self, grads: dict[str, Tensor], number: int, factor: float) -> int:
@@ -195,20 +202,24 @@ class Tuner:
 
     # -- optimizers
 
-    def _continuous_optimizer(self) -> Lamb:
+    def _continuous_optimizers(self) -> tuple[Lamb, Lamb]:
+        """Of codebooks and scales, and of what is not quantized."""
         settings, student = self._settings, self._student
-        parameters: dict[str, Tensor] = {}
-        spread: set[str] = set()
-        if settings.update_codebooks_and_scales:
-            for name, linear in student.linears.items():
-                parameters |= {f"{name}.codebooks": linear.codebooks, f"{name}.scales": linear.scales}
-                spread.add(f"{name}.scales")
-        if settings.update_non_quantized_parameters:
-            parameters |= student.others
-            spread |= student.others.keys()
-        return Lamb(
-            parameters, lr=settings.lr, beta1=settings.adam_beta1, beta2=settings.adam_beta2, lamb=settings.lamb,
-            debias=settings.debias, amsgrad=settings.amsgrad, spread=spread, sum_over_processes=self._group.sum,
+        options: dict[str, Any] = {
+            "beta1": settings.adam_beta1, "beta2": settings.adam_beta2, "lamb": settings.lamb,
+            "debias": settings.debias, "amsgrad": settings.amsgrad, "sum_over_processes": self._group.sum,
+        }  # fmt: skip
+        of_codebooks: dict[str, Tensor] = {}
+        for name, linear in student.linears.items():
+            of_codebooks |= {f"{name}.codebooks": linear.codebooks, f"{name}.scales": linear.scales}
+        spread = {name for name in of_codebooks if name.endswith(".scales")}
+        of_rest = student.others if settings.update_non_quantized_parameters else {}
+        return (
+            Lamb(
+                of_codebooks if settings.update_codebooks_and_scales else {},
+                lr=settings.lr if settings.codebook_lr is None else settings.codebook_lr, spread=spread, **options,
+            ),
+            Lamb(of_rest, lr=settings.lr, spread=of_rest.keys(), **options),
         )  # fmt: skip
 
     def _begin_codes(self) -> None:
@@ -270,9 +281,9 @@ class Tuner:
             tensors[f"{name}.scales"] = linear.scales
             if linear.buffer is not None:
                 tensors[f"{name}.buffer"] = linear.buffer
-        for kind, optimizer in (("continuous", self._continuous), ("code", self._codes)):
+        for optimizer in (self._codebooks, self._rest, self._codes):
             if optimizer is not None:
-                tensors |= {f"{kind}/{name}": tensor for name, tensor in optimizer.state.items()}
+                tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.state.items()}
         return tensors
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:

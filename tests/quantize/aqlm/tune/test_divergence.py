@@ -10,10 +10,10 @@ from backend.quantize.aqlm.tune import divergence as module
 from backend.quantize.aqlm.tune.divergence import divergence
 
 
-@pytest.mark.parametrize("chunk_bytes", [2**24, 4 * 50 * 3])
+@pytest.mark.parametrize("chunk_bytes", [2**20, 4 * 50 * 3])
 @pytest.mark.parametrize("distance", [1.0, 1e-3])
 def test_against_autograd_in_float64(chunk_bytes: int, distance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", chunk_bytes)
     torch.manual_seed(0)
     teacher = 5 * torch.randn(3, 7, 50)
     student = teacher + distance * torch.randn(3, 7, 50)
@@ -22,7 +22,7 @@ def test_against_autograd_in_float64(chunk_bytes: int, distance: float, monkeypa
     loss.backward()
     total, grad = divergence(teacher, student, gradient=True)
     assert grad is not None and grad.shape == student.shape
-    assert float(total) == pytest.approx(float(loss), rel=1e-4)
+    assert float(total) == pytest.approx(float(loss.detach()), rel=1e-5, abs=21 * 1e-8)
     assert exact.grad is not None
     assert (grad - exact.grad).norm() / exact.grad.norm() < 1e-6 / distance
 
@@ -41,5 +41,5 @@ def test_equal_predictions() -> None:
     logits = 30 * torch.randn(4, 50)
     total, grad = divergence(logits, logits + 3.0, gradient=True)  # a shift changes no probability
     assert grad is not None
-    assert abs(float(total)) < 1e-9
+    assert abs(float(total)) < 1e-6
     assert float(grad.abs().max()) < 1e-5
