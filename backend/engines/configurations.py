@@ -164,6 +164,8 @@ def _native_recipes(settings: NativeSettings) -> list[Recipe]:
             misfit=settings.MISFIT,
             act_order=settings.ACT_ORDER,
             damp=settings.DAMP,
+            correct=settings.CORRECT,
+            refine=settings.REFINE,
         )
         for scheme in schemes
     ]

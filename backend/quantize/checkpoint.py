@@ -19,7 +19,7 @@ from backend.quantize.recipe import Recipe
 from backend.quantize.report import LayerReport
 
 FILE = "progress.json"
-VERSION = 1  # of what the files mean; another version starts again
+VERSION = 2  # of what the files mean; another version starts again
 
 
 def fingerprint(

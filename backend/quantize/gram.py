@@ -34,9 +34,9 @@ class Gram:
         part = x.reshape(-1, x.shape[-1])
         if part.dtype != torch.bfloat16:
             part = part.float()
-        self._abs += _product(part.new_ones(1, part.shape[0]), part.abs())[0]
+        self._abs += product(part.new_ones(1, part.shape[0]), part.abs())[0]
         for a, b in self._blocks:
-            self._sum[a:b, a:] += _product(part[:, a:b].T, part[:, a:])
+            self._sum[a:b, a:] += product(part[:, a:b].T, part[:, a:])
         self.tokens += part.shape[0]
 
     @property
@@ -53,7 +53,8 @@ class Gram:
         return self._abs / max(self.tokens, 1)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """A @ b of two matrices, summed in float32; of bfloat16 ones the result is rounded to bfloat16 on CPU only."""
     if a.is_cuda and a.dtype == torch.bfloat16:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from backend.formats.weight import QuantizedWeight
 from backend.quantize.awq import Target, search_scale
+from backend.quantize.correction import Drift
 from backend.quantize.fold import Fold, apply_fold, verify
 from backend.quantize.gram import error_energy
 from backend.quantize.grid import Grid
@@ -86,8 +87,12 @@ class LayerJob:
         self._plan()
         self._fold(self._search())
         quantized: dict[str, QuantizedWeight] = {}
+        drift = Drift(self.stream, self.index, self.layer) if self._corrected(self._schemes) else None
         for site in self.sites:
+            if drift is not None and quantized:
+                self._correct(site, drift, quantized)
             quantized |= self._round(site)
+        del drift
         error, rtn_error = self._errors(quantized)
         self._write(quantized)
         return LayerReport(
@@ -173,6 +178,23 @@ class LayerJob:
                 rows = fold.row_scale(scale, len(weight_of(self.layer, fold.producer)))
                 self._rows[fold.producer] = self._rows.get(fold.producer, 1.0) * rows
 
+    def _corrected(self, names: Iterable[str]) -> list[str]:
+        """Those Linears that make up for the errors of others."""
+        if not self.recipe.correct:
+            return []
+        return [name for name in names if name in self._schemes and self._schemes[name].combines]
+
+    def _correct(self, site: Site, drift: Drift, quantized: Mapping[str, QuantizedWeight]) -> None:
+        """Give the site's Linears the weights whose outputs are right on the input that is there by now."""
+        names = self._corrected(site.linears)
+        if not names:
+            return
+        weights = [weight_of(self.layer, name) for name in names]
+        columns = self._columns.get(names[0])
+        targets = drift.target(names[0], torch.cat(weights), quantized, self.recipe.damp, columns)
+        for weight, target in zip(weights, targets.split([len(w) for w in weights]), strict=True):
+            weight.copy_(target)
+
     def _round(self, site: Site) -> dict[str, QuantizedWeight]:
         """Round the site's Linears; those with the same scheme together."""
         quantized: dict[str, QuantizedWeight] = {}
@@ -187,7 +209,10 @@ class LayerJob:
             if factor is not None:
                 if factor.damp != self.recipe.damp:
                     self._notes.append(f"{', '.join(names)}: H is singular, damping raised to {factor.damp:g}")
-                results = round_with_feedback(weights, factor, grid, clip=clip, columns=columns)
+                sweeps = self.recipe.refine if scheme.combines else 0
+                results = round_with_feedback(
+                    weights, factor, grid, clip=clip, columns=columns, sweeps=sweeps, H=site.H
+                )
             else:
                 if scheme.feeds_back:
                     self._notes.append(f"{', '.join(names)}: H cannot be factorized, rounded to nearest instead")

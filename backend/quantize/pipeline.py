@@ -19,6 +19,7 @@ from backend.quantize.activations import MEMORY_LIMIT
 from backend.quantize.calibrate import calibrate
 from backend.quantize.check import check_recipe, checked_architecture
 from backend.quantize.checkpoint import Checkpoint, fingerprint
+from backend.quantize.correction import TOKENS
 from backend.quantize.layer import LayerJob, Writer
 from backend.quantize.memory import release_memory
 from backend.quantize.producers import FoldFinder
@@ -93,6 +94,7 @@ def quantize(
     stream = LayerStream(
         architecture, weights, tokens, lengths, device, dtype, microbatch=microbatch, folder=checkpoint_dir,
         memory_limit=memory_limit, start=state["layer"] if state else 0,
+        keep=TOKENS if any(recipe.corrects for recipe in recipes) else 0,
     )  # fmt: skip
     if state and stream.start:
         for writer, kept in zip(writers, state["writers"], strict=True):

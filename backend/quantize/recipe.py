@@ -25,7 +25,7 @@ class Scheme:
 
     Attributes:
         method: `RTN` (rounding to nearest), `AWQ` (scaled channels, searched ranges), `GPTQ` (error feedback) or
-            `AWQ+GPTQ` (scaled channels, then error feedback).
+            `AWQ+GPTQ` (scaled channels, then error feedback on corrected targets, then refinement).
         bits: Bits per weight.
         group_size: Weights along the input that share a step and a zero; -1: all of a row.
         symmetric: True: the middle code stands for 0. False: every group has a zero of its own.
@@ -53,6 +53,11 @@ class Scheme:
     def feeds_back(self) -> bool:
         """Whether GPTQ rounds it."""
         return self.method.endswith("GPTQ")
+
+    @property
+    def combines(self) -> bool:
+        """Whether it takes whatever lowers the error: a recipe's `correct` and `refine` are for it."""
+        return self.scales_channels and self.feeds_back
 
     @property
     def label(self) -> str:
@@ -90,6 +95,8 @@ class Recipe:
         clip: Search for ranges smaller than the weights' own.
         act_order: GPTQ takes the inputs in the order of their energy.
         damp: GPTQ adds this part of the mean diagonal to H; raised where H is singular.
+        correct: AWQ+GPTQ: Linears make up for the errors of those before them in the layer.
+        refine: AWQ+GPTQ: times that steps and codes are improved in turn after the feedback; 0 switches it off.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -104,13 +111,23 @@ class Recipe:
     clip: bool = True
     act_order: bool = True
     damp: float = 0.01
+    correct: bool = True
+    refine: int = 2
 
     def __post_init__(self) -> None:
         _check("misfit", self.misfit, MISFITS)
         if self.scale_grid < 0:
             raise ConfigError(f"found {self.scale_grid}; 0 or more", key="scale_grid", value=self.scale_grid)
+        if self.refine < 0:
+            raise ConfigError(f"found {self.refine}; 0 or more", key="refine", value=self.refine)
         if not 0 < self.damp <= 1:
             raise ConfigError(f"found {self.damp}; above 0 and at most 1", key="damp", value=self.damp)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether some Linears may be corrected."""
+        schemes = [self.scheme, *(override.scheme for override in self.overrides)]
+        return self.correct and any(scheme is not None and scheme.combines for scheme in schemes)
 
     def scheme_for(self, name: str, width: int) -> Scheme | str:
         """What happens to a Linear.

@@ -15,7 +15,8 @@ class LayerReport:
         index: Position, from 0.
         total: Number of decoder layers.
         relative_error: Energy of the output error of the layer's quantized Linears on the calibration inputs,
-            sum tr(dW H dW^T) / sum tr(W H W^T), from up to 128 rows of each.
+            sum tr(dW H dW^T) / sum tr(W H W^T), from up to 128 rows of each. Where a Linear was given a corrected
+            target to make up for others, W is that target.
         rtn_relative_error: The same for plain rounding to nearest with the same groups.
         notes: Deviations worth telling, e.g. scales that could not be folded, or a singular H.
         calibrate_s: Seconds for the forward passes and Gram matrices, which all recipes share.

@@ -15,6 +15,7 @@ from backend.formats.weight import QuantizedWeight
 from backend.quantize.gptq import Factor, feed_back
 from backend.quantize.gram import energy_change, error_energy
 from backend.quantize.grid import Grid
+from backend.quantize.refine import refine
 from backend.quantize.site import Site
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}  # weights rounded to nearest at a time: cache of a CPU, width of a GPU
@@ -91,7 +92,14 @@ def search_ranges(
 
 
 def round_with_feedback(
-    weights: Sequence[Tensor], factor: Factor, grid: Grid, *, clip: bool, columns: Tensor | None
+    weights: Sequence[Tensor],
+    factor: Factor,
+    grid: Grid,
+    *,
+    clip: bool,
+    columns: Tensor | None,
+    sweeps: int = 0,
+    H: Tensor | None = None,  # noqa: N803
 ) -> list[QuantizedWeight]:
     """Round weights of one input with GPTQ.
 
@@ -101,17 +109,28 @@ def round_with_feedback(
         grid: The integer grids.
         clip: Try smaller ranges too, and keep for each row the one whose output error is least.
         columns: As for `round_nearest`.
+        sweeps: How often steps and codes are refined afterwards.
+        H: The Gram matrix that is refined with, needed if `sweeps` is not 0.
     """
+    damped = None
+    if sweeps:
+        assert H is not None
+        damped = H.clone()
+        damped.diagonal().add_(factor.damp * H.diagonal().mean())
+        if columns is not None:
+            damped.div_(columns).div_(columns[:, None])
     ranges = ROW_RANGES.get(grid.bits, ()) if clip else ()
     rows = max(1, FEEDBACK_CHUNK // weights[0].shape[1])
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in weights]
     for pack in _packs([len(w) for w in weights], rows):
         w = torch.cat([weights[number][begin:end] for number, begin, end in pack])
-        best = _best_rows(w, factor, grid, ranges, columns)
+        q, scale, zero = _best_rows(w, factor, grid, ranges, columns)
+        if damped is not None:
+            q, scale = refine(w, damped, grid, q, scale, zero, sweeps)
         at = 0
         for number, begin, end in pack:
-            q, scale, zero = (tensor[at : at + end - begin] for tensor in best)
-            parts[number].append((q, scale, zero))
+            rows_of = slice(at, at + end - begin)
+            parts[number].append((q[rows_of], scale[rows_of], zero[rows_of]))
             at += end - begin
     return [grid.weight(*(torch.cat(tensors) for tensors in zip(*part, strict=True))) for part in parts]
 

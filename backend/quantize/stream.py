@@ -5,7 +5,7 @@ Holds one layer's weights plus the activations of all calibration tokens, in mem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -48,8 +48,11 @@ class LayerStream:
         memory_limit: Bytes of activations above which they live on disk.
         start: Layer to begin with; above 0 its inputs must be in `folder`.
         held_out: Samples at the end that form parts of their own, for validation.
+        keep: Tokens whose hidden states before a layer are still there, as `sample`, after it has run.
 
     Attributes:
+        sample: Parts of the inputs of the layer that has run last, (samples, length, width), on the CPU, and where
+            they are text.
         training: Numbers of the parts that are not held out.
         held_out: Numbers of the parts that are.
 
@@ -71,6 +74,7 @@ class LayerStream:
         memory_limit: int = MEMORY_LIMIT,
         start: int = 0,
         held_out: int = 0,
+        keep: int = 0,
     ) -> None:
         _check_tokens(tokens, lengths, architecture.vocabulary)
         self._architecture, self._weights = architecture, weights
@@ -84,6 +88,8 @@ class LayerStream:
         self._parts = training + validation
         self.training, self.held_out = range(len(training)), range(len(training), len(self._parts))
         self._calls: dict[tuple[int, int], list[LayerCall]] = {}
+        self._keep = keep
+        self.sample: list[tuple[Tensor, Tensor | None]] = []
         self._probe_length = min(PROBE_TOKENS, self._parts[0].tokens.shape[1])
         self._embed(folder, memory_limit, start)
 
@@ -143,8 +149,14 @@ class LayerStream:
         Yields:
             Before each part runs: where it is text, (samples, length), or None for everywhere.
         """
+        self.sample.clear()
+        left = self._keep
         for number in range(len(self._parts)):
-            yield self.mask(number)
+            mask = self.mask(number)
+            yield mask
+            if left > 0:
+                self.sample.append((self.activations.read(number), mask))
+                left -= self._parts[number].tokens.numel()
             hidden = self.inputs(number)
             self.activations.write(number, call_layer(layer, hidden, self.call(index, hidden)))
         self.activations.advance()
@@ -197,7 +209,7 @@ def _parts(tokens: Tensor, lengths: Tensor | None, microbatch: int | None) -> li
     return parts
 
 
-def call_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+def call_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Tensor:
     """The layer's output hidden states; tensors among the arguments are cast to the type of `hidden`."""
     args = (_cast(value, hidden.dtype) for value in call.args)
     output = layer(hidden, *args, **{name: _cast(value, hidden.dtype) for name, value in call.kwargs.items()})

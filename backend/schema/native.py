@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, field_validator, model_validator
 
 from backend.quantize.recipe import PER_CHANNEL
 from backend.schema.fields import OneOrMore, drop_empty, each, setting
@@ -90,8 +90,8 @@ class NativeSettings(AlgorithmSection):
         label="Method",
         section="Native",
         help="GPTQ corrects the error of each column in the next ones; AWQ scales the channels that matter most; "
-        "AWQ+GPTQ does both; RTN rounds to nearest. AWQ alone hardly beats plain rounding below 4 bits; GPTQ or "
-        "AWQ+GPTQ are better there. Several make one result each.",
+        "AWQ+GPTQ does both, and corrects and refines what it can: least error, most time; RTN rounds to nearest. AWQ "
+        "alone hardly beats plain rounding below 4 bits. Several make one result each.",
     )
     W_BIT: OneOrMore[Bits] = setting(
         4,
@@ -152,6 +152,23 @@ class NativeSettings(AlgorithmSection):
         le=1.0,
         advanced=True,
         help="GPTQ adds this part of the mean diagonal to H, so that it can be inverted; raised where that fails.",
+    )
+    CORRECT: StrictBool = setting(
+        True,
+        label="Correct",
+        section="Native",
+        advanced=True,
+        help="AWQ+GPTQ: later Linears of a layer make up for the errors of earlier ones. Takes most of its time.",
+    )
+    REFINE: StrictInt = setting(
+        2,
+        label="Refinement",
+        section="Native",
+        unit="sweeps",
+        ge=0,
+        le=20,
+        advanced=True,
+        help="AWQ+GPTQ: times that all steps and codes are improved after the rounding; 0 for never.",
     )
     OVERRIDES: list[OverrideSettings] = setting(
         default_factory=list,

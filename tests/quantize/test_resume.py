@@ -48,7 +48,7 @@ CONFIGURATIONS = [
     (
         Recipe(
             "mixed",
-            Scheme("GPTQ", 3, -1),
+            Scheme("AWQ+GPTQ", 3, -1),
             overrides=(Override("*.2.self_attn.*", None),),
             keep=("up_proj",),
             clip=False,

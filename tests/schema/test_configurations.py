@@ -57,6 +57,9 @@ def test_a_recipe_survives_its_way_as_json():
     (one,) = planned("Native", {"OVERRIDES": overrides, "KEEP": ["lm_head", "v_proj"], "MISFIT": "fit", "DAMP": 0.1})
     again = type(one)(one.name, one.label, one.engine, json.loads(json.dumps(one.request)))
     assert again.recipe == one.recipe
+    assert (one.recipe.damp, one.recipe.correct, one.recipe.refine) == (0.1, True, 2)
+    (other,) = planned("Native", {"CORRECT": False, "REFINE": 0})
+    assert (other.recipe.correct, other.recipe.refine) == (False, 0)
     assert one.recipe.scheme_for("model.layers.0.mlp.down_proj", 128) == Scheme("GPTQ", 8, 128)
     assert "to be kept" in one.recipe.scheme_for("model.layers.0.self_attn.o_proj", 128)
     assert "to be kept" in one.recipe.scheme_for("model.layers.0.self_attn.v_proj", 128)
