@@ -115,7 +115,7 @@ class BlockJob:
         name = self.stream.prefix(self.index)
         clock = _Clock()
         data = BlockData(self.stream, self.index, self.targets)
-        found = self.kept_codes.load(self.index)
+        found = self.kept_codes.load(self.index, self.stream.device)
         self._find(found, data, clock)
         self._put({linear: entry.weight.stored() for linear, entry in found.items()})
         self._doing("measuring")
@@ -201,7 +201,7 @@ class BlockJob:
         found: dict[str, Found] = {}
         for name, group in names.items():
             weight = fitted[name].weight
-            error = float(error_energy(weight.dequantize().to(self.stream.device) - W[name], H[group]).sum())
+            error = float(error_energy(weight.dequantize() - W[name], H[group]).sum())
             signal = float(error_energy(W[name], H[group]).sum())
             found[name] = Found(weight, error, signal, tuple(fitted[name].notes))
         return found
@@ -213,8 +213,7 @@ class BlockJob:
 
     def _put(self, weights: Mapping[str, AdditiveWeight]) -> None:
         """Have the layer compute with these weights."""
-        dtype, device = self.stream.dtype, self.stream.device
-        assign(self.layer, {f"{name}.weight": w.dequantize(dtype).to(device) for name, w in weights.items()})
+        assign(self.layer, {f"{name}.weight": w.dequantize(self.stream.dtype) for name, w in weights.items()})
 
     def _error(self, data: BlockData) -> float:
         error = data.relative_error(self.layer, data.judged)
@@ -239,9 +238,7 @@ class BlockJob:
             linear = self.layer.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             plain[name] = linear
-            device = self.stream.device
-            moved = AdditiveWeight(weight.codes.to(device), weight.codebooks.to(device), weight.scales.to(device))
-            trained[name] = TrainedLinear(moved, linear.bias, recompute=settings.use_checkpointing)
+            trained[name] = TrainedLinear(weight, linear.bias, recompute=settings.use_checkpointing)
             self.layer.set_submodule(name, trained[name])
         try:
             result = finetune(self.layer, data, settings, self._seed("finetune"))

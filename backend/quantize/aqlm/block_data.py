@@ -65,12 +65,12 @@ class BlockData:
     def squared_error(self, layer: nn.Module, number: int) -> Tensor:
         """Sum of (output - target)^2 over a part's text, float32, differentiable.
 
-        A float32 layer computes its products in bfloat16 where the stream does; all else stays float32.
+        A float32 layer computes its products in bfloat16 where the stream has 16 bits; all else stays float32.
         """
         device, dtype = self._stream.device, next(layer.parameters()).dtype
         hidden = self._stream.inputs(number).to(dtype)
         target = self._targets.read(number).to(device, torch.float32)
-        mixed = dtype == torch.float32 and self._stream.dtype == torch.bfloat16
+        mixed = dtype == torch.float32 and self._stream.dtype.itemsize == 2
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             output = call_layer(layer, hidden, self._stream.call(self._index, hidden))
         return self._text(number, output.float() - target).square().sum()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -47,12 +48,12 @@ class FoundCodes:
     def __init__(self, folder: Path | None, key: str) -> None:
         self._path, self._key = None if folder is None else folder / FILE, key
 
-    def load(self, layer: int) -> dict[str, Found]:
-        """What an earlier process found for a layer: name inside the layer -> codes; empty if nothing."""
+    def load(self, layer: int, device: torch.device) -> dict[str, Found]:
+        """What an earlier process found for a layer: name inside the layer -> codes, on a device; empty if nothing."""
         if self._path is None or not self._path.is_file():
             return {}
         try:
-            with safe_open(str(self._path), framework="pt", device="cpu") as file:
+            with safe_open(str(self._path), framework="pt", device=str(device)) as file:
                 about = json.loads(file.metadata()["about"])
                 if (about["key"], about["layer"]) != (self._key, layer):
                     return {}

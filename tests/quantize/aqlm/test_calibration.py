@@ -114,6 +114,19 @@ def test_reported_errors_are_those_of_the_artefact(tmp_path: Path, kind: str, ch
             assert layer.relative_error == pytest.approx(found.relative_error_before, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sixteen_bit_forward_passes(tmp_path: Path, kind: str) -> None:
+    """What is reported is still about the artefact's error; training happens."""
+    source = make_model(tmp_path / "source", kind)
+    for dtype in (torch.bfloat16, torch.float16):
+        out = tmp_path / str(dtype)
+        found = run(source, out, dtype=dtype).layers[0]
+        expected = relative_errors(source, out, tokens(SAMPLES)[-HELD_OUT:])[0]
+        assert found.relative_error == pytest.approx(expected, rel=0.05)
+        assert len(set(found.validation)) > 1
+        assert not any("diverged" in note for note in found.notes)
+
+
 @torch.no_grad()
 def test_linear_error_is_that_of_the_codes_on_the_training_text(tmp_path: Path) -> None:
     source = make_model(tmp_path / "source")
