@@ -70,20 +70,35 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
         return []
 
 
-def weight_bits(folder: Path) -> set[int]:
-    """The bits of the quantized weights, as the checkpoint's config.json states them; empty if it states none."""
+def _stated(folder: Path) -> dict[str, Any]:
+    """How config.json says that the checkpoint is quantized; empty if it says nothing, or is gone."""
     try:
-        stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+        stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        return stated if isinstance(stated, dict) else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def weight_bits(stated: Mapping[str, Any]) -> set[int]:
+    """The bits of the quantized weights, as a checkpoint states them; empty if it states none."""
+    try:
         groups = stated.get("config_groups") or {}
         found = [stated.get("bits"), *((group.get("weights") or {}).get("num_bits") for group in groups.values())]
         return {int(bits) for bits in found if bits}
-    except (OSError, ValueError, TypeError, AttributeError):  # gone, or not as one of ours
+    except (ValueError, TypeError, AttributeError):  # not as one of ours
         return set()
 
 
 def _serving(folder: Path) -> str:
-    bits = weight_bits(folder)
-    if bits <= set(VLLM_BITS):
+    stated = _stated(folder)
+    bits = weight_bits(stated)
+    if stated.get("quant_method") == "aqlm":
+        text = (
+            "Elsewhere: <code>AutoModelForCausalLM.from_pretrained(...)</code> of transformers with the aqlm package "
+            "(<code>pip install aqlm[gpu]</code> or <code>aqlm[cpu]</code>; on a CPU in float32 and with "
+            "<code>NUMBA_NUM_THREADS=1</code>)."
+        )
+    elif bits <= set(VLLM_BITS):
         text = f"On a machine with vLLM and a GPU: <code>{esc(f'vllm serve {folder}')}</code>"
     else:
         shown = " and ".join(str(b) for b in sorted(bits))

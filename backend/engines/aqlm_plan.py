@@ -19,7 +19,7 @@ CALIBRATED, TUNED = "calibrated", "tuned"
 FOLDERS = {CALIBRATED: "tmp/caliberation", TUNED: "tmp/converted"}
 """Where the guide has its results, below the job's folder; the spelling is the guide's."""
 TEXT_FOLDER = "tmp/tokenized_dataset"
-REFERENCE = "reference"
+REFERENCE, AUTO = "reference", "auto"
 
 
 def aqlm_requests(settings: AQLMSettings, device: str) -> list[tuple[str, str, dict[str, Any]]]:
@@ -99,13 +99,12 @@ def tune_settings(settings: AQLMSettings) -> TuneSettings | None:
     file = settings.finetune_config
     if not file.tunes:
         return None
-    ours = {
-        name.lower(): getattr(file, name) for name in ("P_ONLY_EPOCHS", "LR_SCHEDULE", "WARMUP_STEPS", "EARLY_STOP")
-    }
-    same = {field.name for field in fields(TuneSettings)} - set(ours)
-    return TuneSettings(**ours, **{name: getattr(file, name) for name in same})
+    given = {name.lower(): getattr(file, name) for name in type(file).model_fields}
+    if given["amp_dtype"] == AUTO:
+        given["amp_dtype"] = None
+    return TuneSettings(**{field.name: given[field.name] for field in fields(TuneSettings) if field.name in given})
 
 
 def _compute_dtype(wanted: str, device: str) -> str | None:
     """Type of the forward passes; None for the device's best. A CPU is slow in float16."""
-    return None if wanted == "auto" or (wanted == "float16" and device == "cpu") else wanted
+    return None if wanted == AUTO or (wanted == "float16" and device == "cpu") else wanted

@@ -149,6 +149,13 @@ class AQLMSettings(AlgorithmSection):
                 f"CALIBRATION.SAMPLES); allowed are 0 to {calibration.SAMPLES - 1}",
                 blocks.val_size,
             )
+        if tune.tunes and n_gpus > 1 and tune.master_dtype != "float32":
+            raise ProblemAt(
+                f"{KEY}.finetune_config.master_dtype",
+                f"found {tune.master_dtype!r} beside {n_gpus} GPUs in CUDA_ID, which share weights in float32; set it "
+                "to float32, or name one GPU",
+                tune.master_dtype,
+            )
         micro = tune.microbatch_size or 1
         part = micro * n_gpus
         if tune.tunes and tune.batch_size % part:

@@ -77,6 +77,11 @@ class FinetuneConfig(BaseModel):
         help="The divergence on the validation text is measured so often; the best model is kept.",
     )  # fmt: skip
     # -- ours
+    CODEBOOK_LR: StrictFloat | None = tuning(
+        None, label="Learning rate of codebooks", ge=1e-9, le=1.0, advanced=True, empty="the learning rate",
+        help="Step for codebooks and scales, where it is to be another one than that of norms, embeddings and head. "
+        "Quantdeck's own key.",
+    )  # fmt: skip
     P_ONLY_EPOCHS: StrictInt = tuning(
         0, label="Epochs without new codes", unit="epochs", ge=0, le=100_000, advanced=True,
         help="So many epochs come first in which the codes stay and only the rest is tuned. Quantdeck's own key.",
@@ -135,9 +140,11 @@ class FinetuneConfig(BaseModel):
         True, label="Gradient checkpointing", advanced=True,
         help="On: layers are computed twice, and activations of one layer are in memory. Less memory, more time.",
     )  # fmt: skip
-    amp_dtype: Literal["float32", "bfloat16", "float16"] = tuning(
-        "float32", label="Type of the passes", advanced=True, help="Type of the forward and backward passes."
-    )
+    amp_dtype: Literal["float32", "bfloat16", "float16", "auto"] = tuning(
+        "float32", label="Type of the passes", advanced=True,
+        help="Type of the forward and backward passes. auto, which is ours: bfloat16 where the device is fast in it, "
+        "else float32.",
+    )  # fmt: skip
     master_dtype: Literal["float32", "bfloat16", "float16"] = tuning(
         "float32", label="Type of the parameters", advanced=True, help="Type of the parameters that are tuned."
     )

@@ -14,7 +14,7 @@ SECTION: dict[str, Any] = {
     "EFFORT": "fast",
     "save_intermediate_results": True,
     "calibration_config": {
-        "num_codebooks": 2, "nbits_per_codebook": 5, "nsamples": 12, "model_seqlen": 32, "val_size": 4,
+        "num_codebooks": 1, "nbits_per_codebook": 9, "nsamples": 12, "model_seqlen": 32, "val_size": 4,
         "finetune_max_epochs": 2, "finetune_batch_size": 4, "finetune_lr": 0.001,
     },
     "finetune_config": {

@@ -2,9 +2,12 @@
 
 import pytest
 
+from backend.engines.aqlm_plan import finetune_settings, search_settings, tune_settings
 from backend.errors import ConfigErrors
+from backend.quantize.aqlm.presets import PRESETS
 from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.schema import AQLMSettings, describe, parse_yaml, sections
+from backend.schema.aqlm_finetune import FinetuneConfig
 from tests.conftest import EXAMPLES, demo_text
 
 GUIDE = (EXAMPLES / "aqlm_guide.yaml").read_text(encoding="utf-8")
@@ -219,6 +222,43 @@ def test_a_batch_is_shared_evenly_by_the_gpus():
     assert key == "llm.AQLM.finetune_config.batch_size"
     assert "found 128; it has to be a multiple of 12: microbatch_size 4 on each of the 3 GPUs" in says
     assert says.endswith("use 132")
+
+
+def test_several_gpus_share_weights_in_float32():
+    section = {"finetune_config": {"master_dtype": "bfloat16", "microbatch_size": 2}}
+    assert settings_of(section).tunes
+    key, says = problem_of(section, CUDA_ID="0,1")
+    assert key == "llm.AQLM.finetune_config.master_dtype" and "found 'bfloat16' beside 2 GPUs" in says
+
+
+def test_what_tuning_is_told_is_what_the_file_says():
+    ours = {"CODEBOOK_LR": 0.002, "P_ONLY_EPOCHS": 1, "LR_SCHEDULE": "cosine", "WARMUP_STEPS": 3, "EARLY_STOP": 4}
+    told = tune_settings(settings_of({"finetune_config": {**ours, "lr": 0.5, "amp_dtype": "auto", "seed": 7}}))
+    assert all(getattr(told, key.lower()) == value for key, value in ours.items())
+    assert (told.lr, told.seed, told.amp_dtype, told.code_trust_ratio) == (0.5, 7, None, 0.01)
+    given = tune_settings(parse_yaml(GUIDE).config.algorithm_settings).to_dict()
+    section = parse_yaml(GUIDE).values["llm"]["AQLM"]["finetune_config"]
+    assert {key: given[key] for key in given if key in section} == {
+        key: section[key] for key in given if key in section
+    }
+    known = set(FinetuneConfig.model_fields) | {key.lower() for key in FinetuneConfig.model_fields}
+    assert set(given) <= known, "a parameter of tuning that no key of the file sets"
+
+
+def test_only_the_reference_procedure_reads_the_guides_search_parameters():
+    own = {"beam_size": 3, "max_epochs": 7, "lr": 0.5, "init_max_points_per_centroid": 9, "relative_mse_tolerance": 0}
+    assert search_settings(settings_of(small(**own))) == PRESETS["default"]
+    told = search_settings(settings_of({"EFFORT": "reference", **small(**own)}))
+    assert (told.beam_size, told.max_epochs, told.lr, told.init_max_points_per_centroid) == (3, 7, 0.5, 9)
+    assert told.relative_mse_tolerance is None and told.procedure == "reference"
+    guide = parse_yaml(GUIDE.replace("    dtype:", "    EFFORT: reference\n    dtype:", 1)).config.algorithm_settings
+    assert search_settings(guide) == PRESETS["reference"]
+
+
+def test_block_finetuning_is_told_what_the_file_says():
+    told = finetune_settings(parse_yaml(GUIDE).config.algorithm_settings)
+    assert (told.max_epochs, told.lr, told.beta2, told.batch_size, told.local_batch_size) == (25, 1e-4, 0.999, 256, 4)
+    assert finetune_settings(settings_of(small(finetune_max_epochs=0))) is None
 
 
 def test_the_guides_switch_for_remote_code_is_taken_and_others_are_not():

@@ -313,6 +313,9 @@ def test_files_and_serving_depend_on_the_bits(tmp_path):
     assert "/download/0123/w3/config.json" in html and "vllm serve" not in html and "these have 3" in html
     (folder / "config.json").write_text(json.dumps({"quantization_config": {"bits": 4}}))
     assert "vllm serve" in madeview.made("0123", [entry("w3", artefact=str(folder))])
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "aqlm"}}))
+    html = madeview.made("0123", [entry("w3", artefact=str(folder))])
+    assert "vllm serve" not in html and "NUMBA_NUM_THREADS=1" in html
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"quantization_config": 5}', '{"quantization_config": {"bits": "x"}}'])
