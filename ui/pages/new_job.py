@@ -26,6 +26,8 @@ from ui.yamlview import yaml_html
 
 DATASETS = (("Built-in demo text", DEMO), ("wikitext (Hub)", "wikitext"))
 SUITED = "Its own defaults are the guide's, for models of billions of parameters."
+TUNING_DATASET = "llm.AQLM.FINETUNE_DATA.DATASET_NAME"
+TUNING_DATASETS = (("The calibration text", ""), *DATASETS)
 GO_TO_JOB = "(uid) => { if (uid) window.location.assign('/job?id=' + encodeURIComponent(uid)); }"
 
 
@@ -47,7 +49,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         opened = gr.HTML(visible=False)
         with gr.Row(elem_classes=["qd-split"]):
             with gr.Column(scale=3, min_width=420):
-                form = Form(first.shown, {"MODEL": models, "DATASET_NAME": DATASETS})
+                form = Form(first.shown, {"MODEL": models, "DATASET_NAME": DATASETS, TUNING_DATASET: TUNING_DATASETS})
                 facts, sections = _form_sections(form, str(_shown(first, "ALGORITHM")))
             with gr.Column(scale=2, min_width=340, elem_classes=["qd-side"]):
                 start = gr.Button("Start job", variant="primary", elem_id="start")
