@@ -53,6 +53,14 @@ class Gram:
         return self._abs / max(self.tokens, 1)
 
 
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where it is computed natively, else float32."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """A @ b of two matrices, summed in float32; of bfloat16 ones the result is rounded to bfloat16 on CPU only."""
     if a.is_cuda and a.dtype == torch.bfloat16:

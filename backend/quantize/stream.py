@@ -19,6 +19,7 @@ from backend.errors import DataError
 from backend.quantize.activations import MEMORY_LIMIT, Activations
 from backend.quantize.architecture import Architecture
 from backend.quantize.embed import Embedder, LayerCall
+from backend.quantize.gram import best_dtype as best_dtype
 from backend.quantize.weights import WeightFiles
 
 MICROBATCH_TOKENS = 4096
@@ -239,11 +240,3 @@ def _release(module: nn.Module) -> None:
         for name, parameter in list(submodule.named_parameters(recurse=False)):
             empty = torch.empty_like(parameter, device="meta")
             setattr(submodule, name, nn.Parameter(empty, requires_grad=False))
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is computed natively, else float32."""
-    if device.type != "cpu":
-        return torch.bfloat16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
