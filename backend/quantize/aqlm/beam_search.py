@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from backend.quantize.aqlm.codes import Codes
-from backend.quantize.aqlm.encode import ranked, smallest
 from backend.quantize.aqlm.metric import BLOCK
+from backend.quantize.aqlm.nearest import ranked, smallest
 
 CHUNK = 2**25  # weights times codings at a time: bounds memory
 
@@ -69,7 +69,7 @@ def _search(
     codes = codes.clone()
     D = Codes(codes, M).gather(codebooks).mul_(-scales.unsqueeze(1)).add_(W)  # noqa: N806 - (out * paths, in)
     s = scales.unsqueeze(1)
-    loss = torch.zeros(out, 1, device=W.device)
+    loss = torch.zeros(1, out, device=W.device)
     for block in order.split(max(1, BLOCK // G)):
         columns = (block.unsqueeze(1) * G + torch.arange(G, device=W.device)).flatten()
         own_H = H[columns][:, columns]  # noqa: N806
@@ -88,18 +88,18 @@ def _search(
                 now = s.square() * F.embedding(codes[:, j, k], norms[k].unsqueeze(1)) - 2 * s * (old * meets).sum(
                     1, keepdim=True
                 )
-                scores = torch.addmm(norms[k] * s.square(), meets * (-2 * s), codebooks[k].T)
+                scores = torch.addmm(norms[k].unsqueeze(1) * s.T.square(), codebooks[k], (meets * (-2 * s)).T)
                 count = min(beam, M)
-                least, words = (v.view(out, paths * count) for v in _least(scores - now, count))
-                loss, chosen = ranked(
-                    (loss.unsqueeze(2) + least.view(out, paths, count)).flatten(1), min(beam, paths * count)
-                )
-                parent = (torch.arange(out, device=W.device).unsqueeze(1) * paths + chosen // count).flatten()
-                paths = loss.shape[1]
-                word = words.gather(1, chosen).flatten()
+                least, words = _least(scores - now.T, count)  # (count, paths * out)
+                total = (loss + least.view(count, paths, out)).flatten(0, 1)
+                loss, chosen = ranked(total, min(beam, paths * count))
+                parent = ((chosen % paths) * out + torch.arange(out, device=W.device)).flatten()
+                words = words.view(count * paths, out)
+                paths = loss.shape[0]
+                word = words.gather(0, chosen).flatten()
                 if paths > 1 or beam > 1:
                     codes, R, changes, origin, old = (t[parent] for t in (codes, R, changes, origin, old))
-                    s = scales.repeat_interleave(paths).unsqueeze(1)
+                    s = scales.repeat(paths).unsqueeze(1)
                 codes[:, j, k] = word.int()
                 change = (F.embedding(word, codebooks[k]) - old) * s
                 changes[:, part] += change
@@ -107,9 +107,9 @@ def _search(
         if beam > 1:
             D = D[origin]  # noqa: N806
         D.index_add_(1, columns, changes, alpha=-1)
-    return codes.view(out, paths, -1, K)[:, 0].contiguous()
+    return codes[:out].contiguous()
 
 
 def _least(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The smallest entries of each row and their columns; for one of them, the quick way."""
+    """The smallest entries of each column and their rows; for one of them, the quick way."""
     return smallest(scores, 1) if count == 1 else ranked(scores, count)

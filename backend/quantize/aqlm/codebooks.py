@@ -24,7 +24,7 @@ def fit_codebooks(
     R: Tensor,  # noqa: N803
     H: Tensor,  # noqa: N803
     steps: int,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Improve codebooks.
 
     Args:
@@ -34,9 +34,6 @@ def fit_codebooks(
         R: (V - Q) H of the rows under C, (out, in).
         H: Damped Gram matrix, (in, in).
         steps: Iterations at most.
-
-    Returns:
-        New codebooks, and (V - Q) H under them.
     """
     weights = weights.unsqueeze(1)
     inverse = _preconditioner(codes, weights, H)
@@ -44,24 +41,22 @@ def fit_codebooks(
     z = _apply(inverse, r)
     p, rz = z, (r * z).sum()
     best = 0.0
-    for _ in range(steps):
-        PH = codes.gather(p) @ H  # noqa: N806
-        Ap = codes.scatter(PH * weights)  # noqa: N806
+    for step in range(steps):
+        Ap = codes.scatter((codes.gather(p) @ H).mul_(weights))  # noqa: N806
         curvature = (p * Ap).sum()
         if not float(curvature) > 0:
             break
         alpha = rz / curvature
         codebooks = codebooks + alpha * p
-        R = R - PH.mul_(alpha)  # noqa: N806
         gain = float(alpha * rz)
         best = max(best, gain)
-        if gain <= GAIN * best:
+        if gain <= GAIN * best or step + 1 == steps:
             break
         r = r - alpha * Ap
         z = _apply(inverse, r)
         before, rz = rz, (r * z).sum()
         p = z + (rz / before) * p
-    return codebooks, R
+    return codebooks
 
 
 def _preconditioner(codes: Codes, weights: Tensor, H: Tensor) -> Tensor:  # noqa: N803
@@ -80,14 +75,17 @@ def _apply(inverse: Tensor, r: Tensor) -> Tensor:
     return (inverse @ r.unsqueeze(3)).squeeze(3)
 
 
-def fit_scales(scales: Tensor, WH: Tensor, Q: Tensor, QH: Tensor) -> Tensor:  # noqa: N803
-    """The best scale of each row for given codes and codebooks, (W H q) / (q H q).
+def fit_scales(scales: Tensor, Q: Tensor, QH: Tensor, R: Tensor) -> Tensor:  # noqa: N803
+    """The best scale of each row for given codes and codebooks, (w H q) / (q H q).
+
+    With V the weight divided by `scales` that is `scales` times 1 + (R q) / (q H q), which needs R only as exactly as R
+    is small.
 
     Args:
-        scales: Those so far, (out,); kept where the quotient is no positive number.
-        WH: W H, (out, in).
+        scales: Those so far, (out,); kept where the best is no positive number.
         Q: Sums of codewords, (out, in).
         QH: Q H.
+        R: (V - Q) H.
     """
-    best = torch.linalg.vecdot(WH, Q) / torch.linalg.vecdot(QH, Q)
+    best = scales * (1 + torch.linalg.vecdot(R, Q) / torch.linalg.vecdot(QH, Q))
     return torch.where(torch.isfinite(best) & (best > 0), best, scales)

@@ -6,6 +6,7 @@ codebook. K-means does not see the targets that feedback makes, so the codebooks
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,13 @@ from backend.quantize.aqlm.kmeans import residual_kmeans
 from backend.quantize.aqlm.metric import Metric, metric_of
 from backend.quantize.aqlm.presets import SearchSettings
 from backend.quantize.aqlm.scheme import AdditiveScheme
+from backend.quantize.gram import best_dtype, product
 
-WARM_UP_CANDIDATES = 2
-FIT_WEIGHTS = 2**20  # codebooks are fitted to rows of at least so many weights,
-FIT_WEIGHTS_PER_ENTRY = 64  # and of at least so many per entry of a codebook; the others follow suit
+WARM_UP_CANDIDATES = int(os.environ.get("WA", "2"))
+OVERSHOOT = float(os.environ.get("OM", "1.0"))
+OVERSHOOT2 = float(os.environ.get("OM2", "1.0"))
+FIT_WEIGHTS_PER_ENTRY = 64  # weights per entry of the codebooks to which these are fitted; other rows follow suit
+MIN_ROWS = 64  # however wide they are
 
 
 def search_fast(
@@ -80,54 +84,54 @@ class _Search:
 
     def __init__(self, W: Tensor, metric: Metric, settings: SearchSettings, generator: torch.Generator) -> None:  # noqa: N803
         self._W, self._metric, self._settings, self._generator = W, metric, settings, generator
-        self._WH = W @ metric.H
+        fast = best_dtype(W.device)
+        self._WH = product(W.to(fast), metric.H.to(fast)).float()  # only small multiples of it are ever used
         self._scales = W.square().mean(1).sqrt()
 
     def start(self, scheme: AdditiveScheme) -> None:
         """First codebooks and first codes."""
         settings, metric = self._settings, self._metric
-        V, weights = _divided(self._W, self._scales), self._scales.square()  # noqa: N806
-        C = residual_kmeans(  # noqa: N806
-            V, weights, metric, (scheme.num_codebooks, scheme.words),
+        V = _divided(self._W, self._scales)  # noqa: N806
+        self._codebooks = residual_kmeans(
+            V, self._scales.square(), metric, (scheme.num_codebooks, scheme.words),
             settings.init_max_points_per_centroid, settings.init_max_iter, self._generator,
         )  # fmt: skip
         for _ in range(settings.warm_ups):
-            rows = self._draw_rows(settings.warm_up_rows)
+            rows = self._draw_rows(max(MIN_ROWS, settings.warm_up_weights // V.shape[1]))
             v = V[rows]
-            codes = Codes(feed_back(v, metric, C, WARM_UP_CANDIDATES), scheme.words)
-            R = (v - codes.gather(C)) @ metric.H  # noqa: N806
-            C, _ = fit_codebooks(C, codes, weights[rows], R, metric.H, settings.steps_per_epoch)  # noqa: N806
-        self._codebooks = C
-        self._codes = feed_back(V, metric, C, settings.candidates, settings.beam_size)
-        del V
-        Q = Codes(self._codes, scheme.words).gather(C)  # noqa: N806
-        self._R = _divided(self._WH, self._scales) - Q @ metric.H
+            codes = feed_back(v, metric, self._codebooks, WARM_UP_CANDIDATES)
+            self._fit_codebooks(rows, v, codes, OVERSHOOT)
+        self._codes = feed_back(V, metric, self._codebooks, settings.candidates, settings.beam_size)
 
     def improve_codes(self) -> None:
         """One pass of coordinate descent."""
-        self._codes, self._R = descend(self._codes, self._R, self._metric, self._codebooks, self._settings.candidates)
+        self._codes = descend(self._codes, self._R, self._metric, self._codebooks, self._settings.candidates)
 
     def improve_values(self) -> _State:
         """Codebooks, then scales, for the codes as they are."""
-        H, C = self._metric.H, self._codebooks  # noqa: N806
-        codes = Codes(self._codes, C.shape[1])
-        weights, steps = self._scales.square(), self._settings.steps_per_epoch
-        rows = self._draw_rows(max(FIT_WEIGHTS, FIT_WEIGHTS_PER_ENTRY * C.numel()) // len(H))
-        if len(rows) == len(self._W):
-            C, R = fit_codebooks(C, codes, weights, self._R, H, steps)  # noqa: N806
-            Q = codes.gather(C)  # noqa: N806
-            QH = _divided(self._WH, self._scales) - R  # noqa: N806
-        else:
-            some = Codes(self._codes[rows], C.shape[1])
-            C, _ = fit_codebooks(C, some, weights[rows], self._R[rows], H, steps)  # noqa: N806
-            Q = codes.gather(C)  # noqa: N806
-            QH = Q @ H  # noqa: N806
-        self._codebooks, self._scales = C, fit_scales(self._scales, self._WH, Q, QH)
-        self._R = _divided(self._WH, self._scales).sub_(QH)
-        D = _divided(self._W, self._scales).sub_(Q)  # noqa: N806
-        losses = torch.linalg.vecdot(D, self._R) - self._metric.damp * torch.linalg.vecdot(D, D)
+        H, damp = self._metric.H, self._metric.damp  # noqa: N806
+        V = _divided(self._W, self._scales)  # noqa: N806
+        rows = self._draw_rows(max(MIN_ROWS, FIT_WEIGHTS_PER_ENTRY * self._codebooks.numel() // len(H)))
+        self._fit_codebooks(rows, V[rows], self._codes[rows])
+        Q = Codes(self._codes, self._codebooks.shape[1]).gather(self._codebooks)  # noqa: N806
+        D = V.sub_(Q)  # noqa: N806
+        R = D @ H  # noqa: N806
+        before = self._scales
+        self._scales = fit_scales(before, Q, _divided(self._WH, before).sub_(R), R)
+        change = _inverse(self._scales) - _inverse(before)
+        D.addcmul_(self._W, change)
+        self._R = R.addcmul_(self._WH, change)
+        losses = torch.linalg.vecdot(D, R) - damp * torch.linalg.vecdot(D, D)
         loss = float((losses.double() * self._scales.double().square()).sum())
-        return _State(loss, self._codes, C, self._scales)
+        return _State(loss, self._codes, self._codebooks, self._scales)
+
+    def _fit_codebooks(self, rows: Tensor, v: Tensor, codes: Tensor, step: float = 1.0) -> None:
+        """Codebooks for some rows, of scaled weights `v`; `step` is how far to go towards the best ones."""
+        H, sums = self._metric.H, Codes(codes, self._codebooks.shape[1])  # noqa: N806
+        R = (v - sums.gather(self._codebooks)) @ H  # noqa: N806
+        weights = self._scales[rows].square()
+        found = fit_codebooks(self._codebooks, sums, weights, R, H, self._settings.steps_per_epoch)
+        self._codebooks = torch.lerp(self._codebooks, found, step)
 
     def _draw_rows(self, count: int) -> Tensor:
         """So many rows, or all."""
@@ -137,6 +141,10 @@ class _Search:
         return torch.randperm(out, generator=self._generator, device=device)[:count]
 
 
+def _inverse(scales: Tensor) -> Tensor:
+    """Of scales (out,), as a column; rows of zeros, whose scale is 0, stay zeros."""
+    return (1 / torch.where(scales > 0, scales, 1.0)).unsqueeze(1)
+
+
 def _divided(rows: Tensor, scales: Tensor) -> Tensor:
-    """Rows by their scales; rows of zeros, whose scale is 0, stay zeros."""
-    return rows / torch.where(scales > 0, scales, 1.0).unsqueeze(1)
+    return rows * _inverse(scales)

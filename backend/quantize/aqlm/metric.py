@@ -10,7 +10,6 @@ from torch import Tensor
 from backend.errors import ModelError
 from backend.quantize.gptq import factorize
 
-FACTOR_DTYPE = torch.float64
 BLOCK = 128  # inputs of which errors reach the inputs beyond in one matrix product
 
 
@@ -26,6 +25,7 @@ class Metric:
         U: (in, in), float32, upper triangular.
         T: Inverses of U's diagonal blocks, (in/G, G, G).
         L: Lower Cholesky factors of H's diagonal blocks, (in/G, G, G).
+        L_inverse: Their inverses.
         damp: What was added to H's diagonal.
         groups: Where in the weight the group of each visit lies, (in/G,).
         notes: What is worth telling about H.
@@ -35,6 +35,7 @@ class Metric:
     U: Tensor
     T: Tensor
     L: Tensor
+    L_inverse: Tensor
     damp: float
     groups: Tensor
     notes: tuple[str, ...] = ()
@@ -64,7 +65,7 @@ def metric_of(H: Tensor, size: int, damp: float, act_order: bool) -> Metric:  # 
         act_order: Visit groups in falling order of energy; else as they lie.
 
     Raises:
-        ModelError: If H holds values that are not finite.
+        ModelError: If H is not finite, or not positive semidefinite.
     """
     check_gram(H)
     width, notes = H.shape[0], []
@@ -77,7 +78,7 @@ def metric_of(H: Tensor, size: int, damp: float, act_order: bool) -> Metric:  # 
     if act_order:
         groups = energy.view(-1, size).sum(1).argsort(descending=True, stable=True)
     order = (groups.unsqueeze(1) * size + torch.arange(size, device=H.device)).flatten()
-    H = H.index_select(0, order).index_select(1, order).to(FACTOR_DTYPE).div_(mean)  # noqa: N806
+    H = H.index_select(0, order).index_select(1, order).float().div_(mean)  # noqa: N806
     factor = factorize(H, damp, act_order=False)
     if factor is None:
         raise ModelError("The Gram matrix of the inputs cannot be factorized; it is not positive semidefinite.")
@@ -87,17 +88,20 @@ def metric_of(H: Tensor, size: int, damp: float, act_order: bool) -> Metric:  # 
     eye = torch.eye(size, dtype=H.dtype, device=H.device)
     T = torch.linalg.solve_triangular(diagonal_blocks(factor.U, size), eye, upper=True)  # noqa: N806
     L = torch.linalg.cholesky(diagonal_blocks(H, size))  # noqa: N806
-    return Metric(H.float(), factor.U.float(), T.float(), L.float(), factor.damp, groups, tuple(notes))
+    inverse = torch.linalg.solve_triangular(L, eye, upper=False)
+    return Metric(H, factor.U, T, L, inverse, factor.damp, groups, tuple(notes))
 
 
 def check_gram(H: Tensor) -> None:  # noqa: N803
-    """Refuse a Gram matrix (in, in) that is not finite.
+    """Refuse what is no Gram matrix (in, in).
 
     Raises:
-        ModelError: If it is not.
+        ModelError: If it holds values that are not finite, or a negative diagonal.
     """
     if not bool(torch.isfinite(H).all()):
         raise ModelError("The Gram matrix of the inputs holds values that are not finite.")
+    if bool((H.diagonal() < 0).any()):
+        raise ModelError("The Gram matrix of the inputs has a negative diagonal: it is not X^T X of any inputs.")
 
 
 def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:

@@ -34,7 +34,7 @@ class SearchSettings:
         lr: Of Adam (reference).
         candidates: Words of the first codebooks that are tried with their best partners, a power of two (fast).
         warm_ups: Times the codebooks are fitted to the codes of a few rows before all rows are coded (fast).
-        warm_up_rows: How many rows that is (fast).
+        warm_up_weights: How many weights these rows have, about (fast).
         damp: Part of the mean of H's diagonal that is added to the diagonal during the search (fast).
         act_order: Whether groups are coded in falling order of their inputs' energy (fast).
 
@@ -45,14 +45,14 @@ class SearchSettings:
     procedure: str = FAST
     beam_size: int = 1
     max_epochs: int = 1
-    steps_per_epoch: int = 10
+    steps_per_epoch: int = 3
     relative_mse_tolerance: float | None = None
     init_max_iter: int = 4
     init_max_points_per_centroid: int | None = 32
     lr: float = 1e-4
-    candidates: int = 4
+    candidates: int = 8
     warm_ups: int = 3
-    warm_up_rows: int = 256
+    warm_up_weights: int = 131072
     damp: float = 0.01
     act_order: bool = True
 
@@ -101,7 +101,7 @@ _WHOLE = {
     "init_max_points_per_centroid": 1,
     "candidates": 1,
     "warm_ups": 0,
-    "warm_up_rows": 1,
+    "warm_up_weights": 1,
 }
 
 
@@ -110,7 +110,9 @@ def _error(key: str, value: object, allowed: str) -> ConfigError:
 
 
 PRESETS: dict[str, SearchSettings] = {
-    "fast": SearchSettings(max_epochs=0, warm_ups=2, warm_up_rows=128, candidates=4, init_max_points_per_centroid=16),
+    "fast": SearchSettings(
+        max_epochs=0, warm_ups=2, warm_up_weights=65536, candidates=4, init_max_points_per_centroid=16
+    ),
     "default": SearchSettings(),
     "thorough": SearchSettings(max_epochs=4, beam_size=4, candidates=16, warm_ups=4),
     "reference": SearchSettings(

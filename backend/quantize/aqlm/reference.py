@@ -15,7 +15,7 @@ from backend.errors import ModelError
 from backend.formats.additive_weight import AdditiveWeight
 from backend.quantize.aqlm.beam_search import beam_search
 from backend.quantize.aqlm.codes import Codes
-from backend.quantize.aqlm.encode import TILE, smallest
+from backend.quantize.aqlm.nearest import distance_table, nearest
 from backend.quantize.aqlm.presets import SearchSettings
 from backend.quantize.aqlm.scheme import AdditiveScheme
 
@@ -123,7 +123,5 @@ def _kmeans(x: Tensor, count: int, iterations: int, generator: torch.Generator) 
 
 def _nearest(x: Tensor, words: Tensor) -> Tensor:
     """Index of the nearest word of each point, (N, G) and (M, G) -> (N,) int32."""
-    table = torch.cat([words * -2, words.square().sum(1, keepdim=True)], 1).T.contiguous()
-    rows = max(1, TILE.get(x.device.type, TILE["cuda"]) // len(words))
-    parts = [smallest(torch.nn.functional.pad(part, (0, 1), value=1.0) @ table, 1)[1] for part in x.split(rows)]
-    return torch.cat(parts).squeeze(1)
+    x = torch.nn.functional.pad(x, (0, 1), value=1.0)
+    return nearest(distance_table(words), x.T)[1].squeeze(0)

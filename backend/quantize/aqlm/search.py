@@ -51,7 +51,8 @@ def fit(W: Tensor, H: Tensor, scheme: AdditiveScheme, settings: SearchSettings, 
         seed: Of all draws.
 
     Raises:
-        ModelError: If the scheme does not fit the shape, W or H is not finite, or H not positive semidefinite.
+        ModelError: If the scheme does not fit the shape, W or H is not finite, H not positive semidefinite, or W too
+            large for float16.
     """
     out, width = W.shape
     if H.shape != (width, width):
@@ -69,6 +70,8 @@ def fit(W: Tensor, H: Tensor, scheme: AdditiveScheme, settings: SearchSettings, 
     search = search_reference if settings.procedure == REFERENCE else search_fast
     weight, notes = search(W / unit, H, scheme, settings, generator)
     weight = storable(weight, unit)
+    if not bool(torch.isfinite(weight.scales).all() and torch.isfinite(weight.codebooks).all()):
+        raise ModelError(f"Weights up to {largest:g} are too large: float16 codebooks and scales cannot hold them.")
     return Fitted(weight, relative_error(W, weight, H), notes)
 
 

@@ -54,7 +54,7 @@ class FitPool:
     def close(self) -> None:
         """End the processes, whatever they do."""
         for worker in self._workers:
-            worker.end()
+            worker.stop()
         self._workers.clear()
 
     def fit_all(
@@ -102,7 +102,7 @@ class FitPool:
         busy: dict[_Worker, str] = {}
         with selectors.DefaultSelector() as selector, _SharedInputs(items) as inputs:
             for worker in self._workers:
-                selector.register(worker.end_here, selectors.EVENT_READ, worker)
+                selector.register(worker.end, selectors.EVENT_READ, worker)
             while waiting or busy:
                 for worker in self._workers:
                     if worker not in busy and waiting:
@@ -117,7 +117,7 @@ class _Worker:
     """One process and this side's end of its socket."""
 
     def __init__(self) -> None:
-        self.end_here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.end, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "backend.quantize.aqlm.worker", str(there.fileno())],
@@ -129,7 +129,7 @@ class _Worker:
             )
 
     def result(self, name: str) -> Fitted:
-        answer = receive(self.end_here)
+        answer = receive(self.end)
         if answer is None:
             code = self._process.wait()
             why = f"signal {-code}; it may have run out of memory" if code < 0 else f"exit code {code}, see the log"
@@ -140,8 +140,8 @@ class _Worker:
         weight = AdditiveWeight(**{key: tensor.clone() for key, tensor in tensors.items()})
         return Fitted(weight, message["relative_error"], tuple(message["notes"]))
 
-    def end(self) -> None:
-        self.end_here.close()
+    def stop(self) -> None:
+        self.end.close()
         self._process.kill()
         self._process.wait()
 
@@ -171,7 +171,7 @@ class _SharedInputs:
             self._grams[key] = share(H)
         descriptor = share(W)
         try:
-            send(worker.end_here, {**about, "seed": seed}, {"W": (W, descriptor), "H": (H, self._grams[key])})
+            send(worker.end, {**about, "seed": seed}, {"W": (W, descriptor), "H": (H, self._grams[key])})
         except BrokenPipeError:
             worker.result(name)  # says why
         finally:
