@@ -27,7 +27,7 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 JUNK = [
     None, "", HOSTILE, "../../etc/passwd", -1, 10**30, 1e308, True, [], ["x", None, {}], {}, {"__type__": "update"},
     {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, [{"path": "/etc/passwd"}], "\x00", "\ud800",
-    "x" * 20_000,
+    "x" * 10_000,
 ]  # fmt: skip
 EVENTS = [None, {}, {"act": "__class__", "uid": {"$": 1}}, {"act": "cancel", "uid": "../../x"},
           {"act": "resume", "uid": HOSTILE}, {"act": ["cancel"], "uid": None}, "x"]  # fmt: skip
