@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from backend.quantize.aqlm.finetune_settings import FinetuneSettings
+from backend.quantize.aqlm.presets import PRESETS
+from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.recipe import Recipe, Scheme
 from benchmarks.processes import ONE_THREAD, Usage, call, run
 
-PROGRAM = "backend.engines.native"
-START = "import backend.quantize.pipeline, backend.formats.writer"
+PROGRAM, AQLM_PROGRAM = "backend.engines.native", "backend.engines.aqlm_calibrate"
+START = (
+    "from backend.engines.native import skip_unused_imports; skip_unused_imports(); "
+    "import backend.quantize.pipeline, backend.formats.writer"
+)
 """What it imports before it computes, torch and transformers among it."""
 
 
@@ -50,6 +57,54 @@ def quantize(
     }
     _, usage = call(PROGRAM, request, folder, limit_s=limit_s)
     return {scheme.label: folder / "out" / scheme.label for scheme in schemes}, usage
+
+
+def calibrate_aqlm(
+    inputs: Mapping[str, Any],
+    effort: str,
+    finetune: FinetuneSettings | None,
+    folder: Path,
+    *,
+    val_size: int = 8,
+    limit_s: float = 3600.0,
+) -> tuple[dict[str, Any], Path, Usage]:
+    """AQLM's calibration with 2x8 codebooks for groups of 8, on one thread per process.
+
+    Args:
+        inputs: What `benchmarks.inputs` made.
+        effort: Preset of the search.
+        finetune: Block finetuning, or None.
+        folder: Takes the checkpoint and the log.
+        val_size: Sequences held out.
+        limit_s: Wall seconds after which it is stopped.
+
+    Returns:
+        The program's result, its checkpoint, and what the process cost, its workers included.
+
+    Raises:
+        ProgramError: If it failed.
+    """
+    request = {
+        "model_dir": inputs["model_dir"],
+        "tokens_file": inputs["tokens_file"],
+        "out_dir": str(folder / "out"),
+        "checkpoint_dir": str(folder / "progress"),
+        "device": "cpu",
+        "seed": 0,
+        "configuration": {
+            "name": "calibrated",
+            "scheme": asdict(AdditiveScheme(2, 8, 8)),
+            "layout": "aqlm",
+            "dtype": "float16",
+            "search": PRESETS[effort].to_dict(),
+            "finetune": finetune and finetune.to_dict(),
+            "val_size": val_size,
+            "compute_dtype": None,
+            "true_sequential": False,
+        },
+    }
+    result, usage = call(AQLM_PROGRAM, request, folder, limit_s=limit_s)
+    return result, folder / "out", usage
 
 
 def start_cost(folder: Path) -> Usage:

@@ -5,7 +5,9 @@ Run as `python -m backend.engines.native REQUEST.json RESULT.json` by a job's ru
 
 from __future__ import annotations
 
+import gc
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,11 @@ from backend.engines.clock import Clock
 from backend.event_stream import EventWriter
 
 UNIT = "relative output error"
+
+
+def skip_unused_imports() -> None:
+    """Keep transformers from loading scikit-learn, and with it pandas and scipy, for a kind of text generation."""
+    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
 
 
 def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
@@ -37,6 +44,7 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     from backend.quantize.recipe import Recipe
     from backend.quantize.report import LayerReport
 
+    gc.freeze()  # what the imports left is not looked through again after each layer
     model_dir, out_dir = Path(request["model_dir"]), Path(request["out_dir"])
     configurations = request["configurations"]
     checkpoint_dir = Path(request["checkpoint_dir"]) if request.get("checkpoint_dir") else None
@@ -97,4 +105,5 @@ def _layer(report: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    skip_unused_imports()
     run_child(quantize)

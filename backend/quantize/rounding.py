@@ -20,7 +20,7 @@ from backend.quantize.site import Site
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}  # weights rounded to nearest at a time: cache of a CPU, width of a GPU
 MIN_ROWS = 256  # but no fewer rows than this: their product with H must not be bound by reading H
-FEEDBACK_CHUNK = 2**25  # weights rounded with feedback at a time: bounds memory
+FEEDBACK_CHUNK = 2**25  # weights rounded with feedback at a time, every range tried counting: bounds memory
 # Parts of the full range that are tried. Few codes pay for clipping their largest weights, many do not.
 GROUP_RANGES = {2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3: (0.92, 0.84, 0.76, 0.68, 0.6), 4: (0.95, 0.9, 0.85, 0.8, 0.75)}
 ROW_RANGES = {2: (0.9, 0.8, 0.7), 3: (0.9, 0.8), 4: (0.9,)}
@@ -120,7 +120,7 @@ def round_with_feedback(
         if columns is not None:
             damped.div_(columns).div_(columns[:, None])
     ranges = ROW_RANGES.get(grid.bits, ()) if clip else ()
-    rows = max(1, FEEDBACK_CHUNK // weights[0].shape[1])
+    rows = max(1, FEEDBACK_CHUNK // weights[0].shape[1] // (1 + len(ranges)))
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in weights]
     for pack in _packs([len(w) for w in weights], rows):
         w = torch.cat([weights[number][begin:end] for number, begin, end in pack])
@@ -155,17 +155,14 @@ def _packs(counts: list[int], limit: int) -> list[list[tuple[int, int, int]]]:
 def _best_rows(
     w: Tensor, factor: Factor, grid: Grid, ranges: Sequence[float], columns: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, steps and zeros with the best range of each row; all ranges are tried at once, as rows of one weight."""
     full, zero = (tensor.squeeze(-1) for tensor in grid.fit(grid.grouped(w)))
-    q, energy = feed_back(w, factor, grid, full, zero, columns=columns)
-    scale = full
-    for part in ranges:
-        candidate = grid.storable(full * part)
-        codes, candidate_energy = feed_back(w, factor, grid, candidate, zero, columns=columns)
-        better = candidate_energy < energy
-        q = torch.where(better[:, None], codes, q)
-        scale = torch.where(better[:, None], candidate, scale)
-        energy = torch.where(better, candidate_energy, energy)
-    return q, scale, zero
+    steps = torch.stack([full, *(grid.storable(full * part) for part in ranges)])  # (ranges, out, in/group)
+    many = len(steps)
+    q, energy = feed_back(w.repeat(many, 1), factor, grid, steps.flatten(0, 1), zero.repeat(many, 1), columns=columns)
+    best = energy.view(many, -1).argmin(0)
+    rows = torch.arange(len(w), device=w.device)
+    return q.view(many, *w.shape)[best, rows], steps[best, rows], zero
 
 
 def _unscaled(e: Tensor, columns: Tensor | None) -> Tensor:

@@ -50,9 +50,13 @@ class Site:
         return self._factors[key]
 
     def blocks(self, size: int, columns: Tensor | None) -> Tensor:
-        """Diagonal blocks of H, of the scaled input if `columns` (in,) were multiplied: (in/size, size, size)."""
+        """Diagonal blocks of H, of the scaled input if `columns` (in,) were multiplied, in the fast type.
+
+        Returns:
+            (in/size, size, size).
+        """
         blocks = torch.stack([self.H[at : at + size, at : at + size] for at in range(0, self.H.shape[0], size)])
-        if columns is None:
-            return blocks
-        c = columns.view(-1, size)
-        return blocks / c.unsqueeze(-1) / c.unsqueeze(-2)
+        if columns is not None:
+            c = columns.view(-1, size)
+            blocks = blocks / c.unsqueeze(-1) / c.unsqueeze(-2)
+        return blocks.to(self._fast_dtype)
