@@ -3,6 +3,7 @@
     python -m benchmarks.memory [--wide] [--layers 8 32] [--json FILE]
 
 By default random Llamas of one width with 8 and 32 layers; the largest peak over the smallest is to be at most 1.05.
+`--methods AQLM`: its calibration with one epoch of block finetuning, in the preset `fast`.
 `--wide`: two layers of an 8B model (hidden 4096, intermediate 14336, vocabulary 128256), whose peak is to be under
 6 GiB; needs 6 GB on disk for a while. Peak memory is the kernel's count of the whole process (`ru_maxrss`): libraries,
 weights mapped from files, everything.
@@ -17,11 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from backend.quantize.aqlm.finetune_settings import FinetuneSettings
 from backend.quantize.recipe import METHODS, Scheme
 from benchmarks import native, report
 from benchmarks.processes import call
 from benchmarks.shapes import NARROW, WIDE
 
+AQLM = "AQLM"
 DEPTH_LIMIT = 1.05
 WIDE_LIMIT = 6 * 2**30
 LENGTH = 512
@@ -32,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wide", action="store_true", help="the width of an 8B model instead")
     parser.add_argument("--layers", type=int, nargs="+", help="depths; default 8 32, or 2 with --wide")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["AWQ", "GPTQ"])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, AQLM], default=["AWQ", "GPTQ"])
     parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens")
     parser.add_argument("--folder", type=Path, help="where checkpoints are made for a while; default: the system's")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -64,7 +67,11 @@ def measure(shape: dict[str, int], methods: list[str], samples: int, folder: Pat
     for method in methods:
         print(f"  {shape['num_hidden_layers']} layers, {method} ...", file=sys.stderr, flush=True)
         run = folder / method
-        _, usage = native.quantize(inputs, [Scheme(method)], run)
+        if method == AQLM:
+            finetune = FinetuneSettings(max_epochs=1)
+            usage = native.calibrate_aqlm(inputs, "fast", finetune, run, val_size=1)[2]
+        else:
+            usage = native.quantize(inputs, [Scheme(method)], run)[1]
         shutil.rmtree(run)
         cost = {"cpu_s": usage.cpu_s, "wall_s": usage.wall_s, "peak_bytes": usage.peak_bytes}
         rows.append({"shape": shape, "method": method, "bytes": size, **cost})
