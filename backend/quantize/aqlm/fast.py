@@ -6,7 +6,6 @@ codebook. K-means does not see the targets that feedback makes, so the codebooks
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +22,8 @@ from backend.quantize.aqlm.presets import SearchSettings
 from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.gram import best_dtype, product
 
-WARM_UP_CANDIDATES = int(os.environ.get("WA", "2"))
-OVERSHOOT = float(os.environ.get("OM", "1.0"))
-OVERSHOOT2 = float(os.environ.get("OM2", "1.0"))
+WARM_UP_CANDIDATES = 2  # more are hardly better: only the codebooks are kept
+OVERSHOOT = 1.5  # warm-ups go so far beyond the best codebooks for their codes, which follow: fewer are needed
 FIT_WEIGHTS_PER_ENTRY = 64  # weights per entry of the codebooks to which these are fitted; other rows follow suit
 MIN_ROWS = 64  # however wide they are
 
@@ -36,8 +34,8 @@ def search_fast(
     scheme: AdditiveScheme,
     settings: SearchSettings,
     generator: torch.Generator,
-) -> tuple[AdditiveWeight, tuple[str, ...]]:
-    """The best codes, codebooks and scales of all rounds, by the loss on the undamped H; and notes.
+) -> tuple[AdditiveWeight, float, tuple[str, ...]]:
+    """The best codes, codebooks and scales of all rounds, by the loss on the undamped H.
 
     Args:
         W: (out, in), float32, of a magnitude around 1.
@@ -45,6 +43,9 @@ def search_fast(
         scheme: Which codebooks.
         settings: How hard to try.
         generator: On the device of W.
+
+    Returns:
+        The weight, with values of float16's precision; its relative error on the undamped H; and notes.
     """
     metric = metric_of(H, scheme.in_group_size, settings.damp, settings.act_order)
     search = _Search(metric.arrange(W), metric, settings, generator)
@@ -54,19 +55,19 @@ def search_fast(
         search.improve_codes()
         state = search.improve_values()
         enough = settings.relative_mse_tolerance is not None and (
-            state.loss > best.loss * (1 - settings.relative_mse_tolerance)
+            state.error > best.error * (1 - settings.relative_mse_tolerance)
         )
-        best = min(best, state, key=lambda each: each.loss)
+        best = min(best, state, key=lambda each: each.error)
         if enough:
             break
     codes = torch.empty_like(best.codes)
     codes[:, metric.groups] = best.codes
-    return AdditiveWeight(codes, best.codebooks, best.scales), metric.notes
+    return AdditiveWeight(codes, best.codebooks, best.scales), best.error, metric.notes
 
 
 @dataclass(frozen=True)
 class _State:
-    loss: float
+    error: float
     codes: Tensor
     codebooks: Tensor
     scales: Tensor
@@ -86,6 +87,7 @@ class _Search:
         self._W, self._metric, self._settings, self._generator = W, metric, settings, generator
         fast = best_dtype(W.device)
         self._WH = product(W.to(fast), metric.H.to(fast)).float()  # only small multiples of it are ever used
+        self._signal = self._energy(W, self._WH).sum()
         self._scales = W.square().mean(1).sqrt()
 
     def start(self, scheme: AdditiveScheme) -> None:
@@ -97,10 +99,9 @@ class _Search:
             settings.init_max_points_per_centroid, settings.init_max_iter, self._generator,
         )  # fmt: skip
         for _ in range(settings.warm_ups):
-            rows = self._draw_rows(max(MIN_ROWS, settings.warm_up_weights // V.shape[1]))
+            rows = self._draw_rows(settings.warm_up_weights)
             v = V[rows]
-            codes = feed_back(v, metric, self._codebooks, WARM_UP_CANDIDATES)
-            self._fit_codebooks(rows, v, codes, OVERSHOOT)
+            self._fit_codebooks(rows, v, feed_back(v, metric, self._codebooks, WARM_UP_CANDIDATES), OVERSHOOT)
         self._codes = feed_back(V, metric, self._codebooks, settings.candidates, settings.beam_size)
 
     def improve_codes(self) -> None:
@@ -108,22 +109,25 @@ class _Search:
         self._codes = descend(self._codes, self._R, self._metric, self._codebooks, self._settings.candidates)
 
     def improve_values(self) -> _State:
-        """Codebooks, then scales, for the codes as they are."""
-        H, damp = self._metric.H, self._metric.damp  # noqa: N806
+        """Codebooks, then scales, for the codes as they are; both rounded to float16, as they will be stored."""
         V = _divided(self._W, self._scales)  # noqa: N806
-        rows = self._draw_rows(max(MIN_ROWS, FIT_WEIGHTS_PER_ENTRY * self._codebooks.numel() // len(H)))
+        rows = self._draw_rows(FIT_WEIGHTS_PER_ENTRY * self._codebooks.numel())
         self._fit_codebooks(rows, V[rows], self._codes[rows])
+        self._codebooks = self._codebooks.half().float()
         Q = Codes(self._codes, self._codebooks.shape[1]).gather(self._codebooks)  # noqa: N806
         D = V.sub_(Q)  # noqa: N806
-        R = D @ H  # noqa: N806
+        R = D @ self._metric.H  # noqa: N806
         before = self._scales
-        self._scales = fit_scales(before, Q, _divided(self._WH, before).sub_(R), R)
+        self._scales = fit_scales(before, Q, _divided(self._WH, before).sub_(R), R).half().float()
         change = _inverse(self._scales) - _inverse(before)
         D.addcmul_(self._W, change)
         self._R = R.addcmul_(self._WH, change)
-        losses = torch.linalg.vecdot(D, R) - damp * torch.linalg.vecdot(D, D)
-        loss = float((losses.double() * self._scales.double().square()).sum())
-        return _State(loss, self._codes, self._codebooks, self._scales)
+        error = (self._energy(D, R) * self._scales.double().square()).sum() / self._signal
+        return _State(float(error), self._codes, self._codebooks, self._scales)
+
+    def _energy(self, D: Tensor, DH: Tensor) -> Tensor:  # noqa: N803
+        """Of each row with the undamped H, (out,), float64."""
+        return torch.linalg.vecdot(D, DH).double() - self._metric.damp * torch.linalg.vecdot(D, D).double()
 
     def _fit_codebooks(self, rows: Tensor, v: Tensor, codes: Tensor, step: float = 1.0) -> None:
         """Codebooks for some rows, of scaled weights `v`; `step` is how far to go towards the best ones."""
@@ -133,16 +137,17 @@ class _Search:
         found = fit_codebooks(self._codebooks, sums, weights, R, H, self._settings.steps_per_epoch)
         self._codebooks = torch.lerp(self._codebooks, found, step)
 
-    def _draw_rows(self, count: int) -> Tensor:
-        """So many rows, or all."""
+    def _draw_rows(self, weights: int) -> Tensor:
+        """Rows of about so many weights, or all."""
         out, device = len(self._W), self._W.device
+        count = max(MIN_ROWS, weights // self._W.shape[1])
         if count >= out:
             return torch.arange(out, device=device)
         return torch.randperm(out, generator=self._generator, device=device)[:count]
 
 
 def _inverse(scales: Tensor) -> Tensor:
-    """Of scales (out,), as a column; rows of zeros, whose scale is 0, stay zeros."""
+    """Of scales (out,), as a column; for rows of zeros, whose scale is 0, one."""
     return (1 / torch.where(scales > 0, scales, 1.0)).unsqueeze(1)
 
 

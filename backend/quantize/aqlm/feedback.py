@@ -1,7 +1,7 @@
 """Codes for all groups by error feedback: GPTQ's procedure (LDLQ) with sums of codewords in place of a grid.
 
-A group's error is handed on to the groups still to come, so that they make up for it. Of each row the best few codings
-so far (a beam) are kept; rows are independent.
+A group's error is handed on to the groups still to come, so that they make up for it (`Metric` says how). Of each row
+the best few codings so far (a beam) are kept; rows are independent.
 """
 
 from __future__ import annotations
@@ -37,32 +37,34 @@ def feed_back(V: Tensor, metric: Metric, codebooks: Tensor, candidates: int, bea
 
 
 def _single(V: Tensor, metric: Metric, codebooks: Tensor, candidates: int) -> Tensor:  # noqa: N803
-    G, codes = metric.size, []  # noqa: N806
-    V = V.clone()  # noqa: N806
-    x = V.new_ones(G + 1, len(V))
+    out, width, G = *V.shape, metric.size  # noqa: N806
+    codes = []
+    settled = torch.zeros_like(V)  # of each group's t_j, what the groups before it have left there
+    x = V.new_ones(G + 1, out)
     target = x[:G]
     for first, end in metric.blocks():
         a, b = first * G, end * G
         encoder = Encoder(codebooks, metric.T[first:end], candidates)
-        own, U = V[:, a:b].T.contiguous(), metric.U[a:b, a:]  # (block, out), (block, in - a)  # noqa: N806
-        errors = []
-        for j, whiten in enumerate(metric.T[first:end].mT.unbind()):
+        whitened = metric.T[first:end].mT @ V[:, a:b].T.view(-1, G, out)  # V_j T_jj, (block / G, G, out)
+        own, reach = settled[:, a:b].T.contiguous(), metric.reach[a:b, a:]  # (block, out), (block, in - a)
+        errors = []  # D_j T_jj
+        for j, v in enumerate(whitened.unbind()):
             at, to = j * G, (j + 1) * G
-            torch.mm(whiten, own[at:to], out=target)
-            code, error = encoder.encode(x, j)
+            torch.add(v, own[at:to], out=target)
+            code, rest = encoder.encode(x, j)
+            error = rest[0].T - own[at:to]
             codes.append(code)
-            errors.append(error[0])
+            errors.append(error)
             if to < b - a:
-                own[to:].addmm_(U[at:to, to : b - a].T, error[0].T, alpha=-1)
-        if b < V.shape[1]:
-            V[:, b:].addmm_(torch.cat(errors, 1), U[:, b - a :], alpha=-1)
+                own[to:].addmm_(reach[at:to, to : b - a].T, error)
+        if b < width:
+            settled[:, b:].addmm_(torch.cat(errors).T, reach[:, b - a :])
     return torch.stack([torch.cat(each).T for each in zip(*codes, strict=True)], 2)
 
 
 def _beam(V: Tensor, metric: Metric, codebooks: Tensor, candidates: int, beam: int) -> Tensor:  # noqa: N803
-    out, width = V.shape
-    G = metric.size  # noqa: N806
-    V = V.repeat(beam, 1)  # noqa: N806 - path p of row o is row p * out + o
+    out, width, G = *V.shape, metric.size  # noqa: N806
+    settled = V.new_zeros(beam * out, width)  # path p of row o is row p * out + o
     loss = torch.full((beam, out), torch.inf, device=V.device)
     loss[0] = 0  # all paths start alike: one is enough
     row = torch.arange(out, device=V.device)
@@ -70,27 +72,27 @@ def _beam(V: Tensor, metric: Metric, codebooks: Tensor, candidates: int, beam: i
     for first, end in metric.blocks():
         a, b = first * G, end * G
         encoder = Encoder(codebooks, metric.T[first:end], candidates)
-        own, U = V[:, a:b].contiguous(), metric.U[a:b, a:]  # noqa: N806
+        whitened = V[:, a:b].view(out, -1, G).transpose(0, 1) @ metric.T[first:end]  # (block / G, out, G)
+        own, reach = settled[:, a:b].contiguous(), metric.reach[a:b, a:]
         errors = torch.zeros_like(own)
-        origin = torch.arange(out * beam, device=V.device)
-        for j in range(end - first):
+        origin = torch.arange(beam * out, device=V.device)
+        for j, v in enumerate(whitened.unbind()):
             at, to = j * G, (j + 1) * G
-            x = torch.nn.functional.pad(own[:, at:to] @ metric.T[first + j], (0, 1), value=1.0)
-            found, error = encoder.encode(x.T, j, keep=beam)  # (beam, beam * out, ...): next words of each path
-            total = loss + torch.linalg.vecdot(error, error).view(beam, beam, out)
+            x = torch.nn.functional.pad(v.repeat(beam, 1) + own[:, at:to], (0, 1), value=1.0)
+            found, rest = encoder.encode(x.T, j, keep=beam)  # (beam, beam * out, ...): next words of each path
+            total = loss + torch.linalg.vecdot(rest, rest).view(beam, beam, out)
             loss, chosen = ranked(total.flatten(0, 1), beam)  # (beam, out)
             parent = ((chosen % beam) * out + row).flatten()
             chosen = (chosen * out + row).flatten()
             codes.append(torch.stack([code.flatten()[chosen] for code in found], 1))
             parents.append(parent)
             own, errors, origin = own[parent], errors[parent], origin[parent]
-            error = error.reshape(-1, G)[chosen]
-            errors[:, at:to] = error
+            error = torch.sub(rest.reshape(-1, G)[chosen], own[:, at:to], out=errors[:, at:to])
             if to < b - a:
-                own[:, to:].addmm_(error, U[at:to, to : b - a], alpha=-1)
+                own[:, to:].addmm_(error, reach[at:to, to : b - a])
         if b < width:
-            V = V[origin]  # noqa: N806
-            V[:, b:].addmm_(errors, U[:, b - a :], alpha=-1)
+            settled = settled[origin]
+            settled[:, b:].addmm_(errors, reach[:, b - a :])
     return _trace(codes, parents, row)
 
 

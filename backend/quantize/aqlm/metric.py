@@ -8,22 +8,23 @@ import torch
 from torch import Tensor
 
 from backend.errors import ModelError
-from backend.quantize.gptq import factorize
 
-BLOCK = 128  # inputs of which errors reach the inputs beyond in one matrix product
+BLOCK = 128  # inputs whose errors reach the inputs beyond in one matrix product
+DAMP_STEP, MAX_DAMP = 10.0, 1.0
 
 
 @dataclass(frozen=True)
 class Metric:
     """tr(D H D^T), the loss of an error D (out, in), and what error feedback and coordinate descent need of it.
 
-    With H^-1 = U^T U, U upper triangular, the loss is the sum over groups j of ||(v_j - q_j) T_j||^2, T_j the inverse
-    of the diagonal block U_jj and v_j the weights of group j after the errors of all groups before it were handed on.
+    With H = T T^T, T upper triangular, the loss is the sum over groups j of the squares of t_j = sum over i <= j of
+    D_i T_ij. Coding the groups in order, t_j has a part that is settled, and a part D_j T_jj that the codes of group j
+    can still make up for it: that is error feedback.
 
     Attributes:
         H: (in, in), float32; inputs in order of visit, scaled to a mean diagonal of 1, damped.
-        U: (in, in), float32, upper triangular.
-        T: Inverses of U's diagonal blocks, (in/G, G, G).
+        T: T's diagonal blocks, (in/G, G, G).
+        reach: Rows of T over their diagonal blocks, T_ii^-1 T_ij: what an error D_i T_ii is to group j, (in, in).
         L: Lower Cholesky factors of H's diagonal blocks, (in/G, G, G).
         L_inverse: Their inverses.
         damp: What was added to H's diagonal.
@@ -32,8 +33,8 @@ class Metric:
     """
 
     H: Tensor
-    U: Tensor
     T: Tensor
+    reach: Tensor
     L: Tensor
     L_inverse: Tensor
     damp: float
@@ -61,7 +62,7 @@ def metric_of(H: Tensor, size: int, damp: float, act_order: bool) -> Metric:  # 
     Args:
         H: (in, in), symmetric.
         size: G, inputs of a group; divides in.
-        damp: Part of the mean diagonal that is added to the diagonal; more where H stays singular.
+        damp: Part of the mean diagonal that is added to the diagonal; ten times more (up to 1) while H stays singular.
         act_order: Visit groups in falling order of energy; else as they lie.
 
     Raises:
@@ -71,7 +72,7 @@ def metric_of(H: Tensor, size: int, damp: float, act_order: bool) -> Metric:  # 
     width, notes = H.shape[0], []
     energy = H.diagonal().double()
     mean = float(energy.mean())
-    if mean <= 0:
+    if mean == 0:
         notes.append("the inputs are all zero on the calibration text, so all weights count alike")
         H, energy, mean = torch.eye(width, device=H.device), torch.ones_like(energy), 1.0  # noqa: N806
     groups = torch.arange(width // size, device=H.device)
@@ -79,17 +80,29 @@ def metric_of(H: Tensor, size: int, damp: float, act_order: bool) -> Metric:  # 
         groups = energy.view(-1, size).sum(1).argsort(descending=True, stable=True)
     order = (groups.unsqueeze(1) * size + torch.arange(size, device=H.device)).flatten()
     H = H.index_select(0, order).index_select(1, order).float().div_(mean)  # noqa: N806
-    factor = factorize(H, damp, act_order=False)
-    if factor is None:
-        raise ModelError("The Gram matrix of the inputs cannot be factorized; it is not positive semidefinite.")
-    if factor.damp != damp:
-        notes.append(f"H is singular, damping raised to {factor.damp:g}")
-    H.diagonal().add_(factor.damp)
-    eye = torch.eye(size, dtype=H.dtype, device=H.device)
-    T = torch.linalg.solve_triangular(diagonal_blocks(factor.U, size), eye, upper=True)  # noqa: N806
+    T, found = _factor(H, damp)  # noqa: N806
+    if found != damp:
+        notes.append(f"H is singular, damping raised to {found:g}")
+    eye = torch.eye(size, device=H.device)
+    own = diagonal_blocks(T, size)
+    inverse = torch.linalg.solve_triangular(own, eye, upper=True)
+    reach = (inverse @ T.view(-1, size, width)).view(width, width)
     L = torch.linalg.cholesky(diagonal_blocks(H, size))  # noqa: N806
-    inverse = torch.linalg.solve_triangular(L, eye, upper=False)
-    return Metric(H, factor.U, T, L, inverse, factor.damp, groups, tuple(notes))
+    return Metric(H, own, reach, L, torch.linalg.solve_triangular(L, eye, upper=False), found, groups, tuple(notes))
+
+
+def _factor(H: Tensor, damp: float) -> tuple[Tensor, float]:  # noqa: N803
+    """Damp H in place; its factor T, upper triangular, H = T T^T, and the damping that was needed."""
+    added = 0.0
+    while True:
+        H.diagonal().add_(damp - added)
+        added = damp
+        L, info = torch.linalg.cholesky_ex(H.flip(0, 1))  # of the reversed matrix, reversed  # noqa: N806
+        if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
+            return L.flip(0, 1), damp
+        if damp >= MAX_DAMP:
+            raise ModelError("The Gram matrix of the inputs cannot be factorized: it is not positive semidefinite.")
+        damp = min(damp * DAMP_STEP, MAX_DAMP)
 
 
 def check_gram(H: Tensor) -> None:  # noqa: N803

@@ -21,6 +21,8 @@ from backend.quantize.aqlm.reference import search_reference
 from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.gram import error_energy
 
+MAX_WEIGHT = 2.0**24
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -63,16 +65,18 @@ def fit(W: Tensor, H: Tensor, scheme: AdditiveScheme, settings: SearchSettings, 
     if not bool(torch.isfinite(W).all()):
         raise ModelError("The weight holds values that are not finite.")
     check_gram(H)
-    # The search squares scales: at a power of two near the largest row, neither small nor large weights get lost.
     largest = float(W.abs().max())
-    unit = 2.0 ** round(math.log2(largest)) if largest > 0 else 1.0
+    if largest > MAX_WEIGHT:
+        raise ModelError(f"Weights up to {largest:g} are too large for float16 codebooks; allowed is {MAX_WEIGHT:g}.")
     generator = torch.Generator(W.device).manual_seed(seed)
-    search = search_reference if settings.procedure == REFERENCE else search_fast
-    weight, notes = search(W / unit, H, scheme, settings, generator)
-    weight = storable(weight, unit)
-    if not bool(torch.isfinite(weight.scales).all() and torch.isfinite(weight.codebooks).all()):
-        raise ModelError(f"Weights up to {largest:g} are too large: float16 codebooks and scales cannot hold them.")
-    return Fitted(weight, relative_error(W, weight, H), notes)
+    if settings.procedure == REFERENCE:
+        weight, notes = search_reference(W, H, scheme, settings, generator)
+        weight = storable(weight, 1.0)
+        return Fitted(weight, relative_error(W, weight, H), notes)
+    # Scales get squared: near 1, neither small nor large weights are lost.
+    unit = 2.0 ** round(math.log2(largest)) if largest > 0 else 1.0
+    weight, error, notes = search_fast(W / unit, H, scheme, settings, generator)
+    return Fitted(storable(weight, unit), error if largest > 0 and bool(H.any()) else 0.0, notes)
 
 
 def storable(weight: AdditiveWeight, unit: float) -> AdditiveWeight:
