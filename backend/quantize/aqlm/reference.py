@@ -33,8 +33,8 @@ def search_reference(
     scheme: AdditiveScheme,
     settings: SearchSettings,
     generator: torch.Generator,
-) -> tuple[AdditiveWeight, tuple[str, ...]]:
-    """The best codes, codebooks and scales of all rounds; and notes.
+) -> AdditiveWeight:
+    """The best codes, codebooks and scales of all rounds.
 
     Args:
         W: (out, in), float32. Adam's steps are absolute, so its magnitude matters.
@@ -63,7 +63,7 @@ def search_reference(
         if loss < best[0]:
             best = loss, AdditiveWeight(raw, codebooks.clone(), scales.clone())
         if enough or epoch == settings.max_epochs:
-            return best[1], ()
+            return best[1]
         for _ in range(settings.steps_per_epoch):
             _, (parameters[0].grad, parameters[1].grad) = loss_and_gradients(W, H, codes, codebooks, scales)
             adam.step()

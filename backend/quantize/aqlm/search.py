@@ -70,9 +70,9 @@ def fit(W: Tensor, H: Tensor, scheme: AdditiveScheme, settings: SearchSettings, 
         raise ModelError(f"Weights up to {largest:g} are too large for float16 codebooks; allowed is {MAX_WEIGHT:g}.")
     generator = torch.Generator(W.device).manual_seed(seed)
     if settings.procedure == REFERENCE:
-        weight, notes = search_reference(W, H, scheme, settings, generator)
-        weight = storable(weight, 1.0)
-        return Fitted(weight, relative_error(W, weight, H), notes)
+        weight = storable(search_reference(W, H, scheme, settings, generator), 1.0)
+        weight.scales.mul_(W.any(1))  # the published program gives rows of zeros small scales
+        return Fitted(weight, relative_error(W, weight, H))
     # Scales get squared: near 1, neither small nor large weights are lost.
     unit = 2.0 ** round(math.log2(largest)) if largest > 0 else 1.0
     weight, error, notes = search_fast(W / unit, H, scheme, settings, generator)

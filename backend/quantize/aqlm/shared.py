@@ -23,9 +23,9 @@ DTYPES = {"float32": torch.float32, "int32": torch.int32}
 
 
 def share(tensor: Tensor) -> int:
-    """A new descriptor of shared memory that holds a copy of a CPU tensor. The caller closes it."""
+    """A new descriptor of shared memory that holds a copy of a CPU tensor, not empty. The caller closes it."""
     descriptor = os.memfd_create("tensor")
-    size = max(1, tensor.numel() * tensor.dtype.itemsize)
+    size = tensor.numel() * tensor.dtype.itemsize
     os.ftruncate(descriptor, size)
     memory = mmap.mmap(descriptor, size)
     torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
@@ -57,7 +57,7 @@ def receive(end: socket.socket) -> tuple[dict[str, Any], dict[str, Tensor]] | No
     tensors = {}
     for (name, (dtype, shape)), descriptor in zip(content["tensors"].items(), descriptors, strict=True):
         kind, count = DTYPES[dtype], prod(shape)
-        memory = mmap.mmap(descriptor, max(1, count * kind.itemsize))
+        memory = mmap.mmap(descriptor, count * kind.itemsize)
         os.close(descriptor)
         tensors[name] = torch.frombuffer(memory, dtype=kind, count=count).view(shape)
     return content["message"], tensors
