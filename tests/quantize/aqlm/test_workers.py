@@ -161,7 +161,6 @@ def test_tensors_travel_whole() -> None:
     tensors = {
         "W": torch.randn(3, 5),
         "codes": torch.arange(6, dtype=torch.int32).view(1, 2, 3),
-        "none": torch.zeros(0, 4),
     }
     shared = {name: (tensor, share(tensor)) for name, tensor in tensors.items()}
     with here, there:
