@@ -11,13 +11,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ui.pareto import Point, front
+from ui.pareto import Point, Tradeoff, front
 
 BASELINE = "#6b788a"
 QUANTIZED = "#178a82"
 RTN = "#c98a2b"
 SERIES = (QUANTIZED, "#7a5bc0", "#2f6fd0", "#b5487a", "#6f8a1f", "#c1602c", "#3f9bb0", "#8d6e53")
 ROOM = 1.3  # of an axis whose labels stand on the right of their points
+LEAST_DECADES = 0.8  # of a logarithmic axis: enough for two ticks of 1, 2 and 5
 CLEAR = "rgba(0,0,0,0)"
 GREY = "#7f8b9b"
 
@@ -174,13 +175,9 @@ def size_against(y_title: str, baseline: tuple[float, float], points: Sequence[t
     return figure.update_yaxes(rangemode="normal", zeroline=False)
 
 
-def cost_against_divergence(x_title: str, points: Sequence[Point]) -> go.Figure:
-    """What each model takes against its divergence from the base model; the line joins those that no other one beats.
-
-    Args:
-        x_title: What they take.
-        points: The models; their divergences are above 0, since the axis is logarithmic.
-    """
+def cost_against_divergence(shown: Tradeoff) -> go.Figure:
+    """What models take against their divergence from the base model; the line joins those that no other one beats."""
+    points = shown.points
     figure, best = go.Figure(), front(points)
     figure.add_scatter(
         x=[p.cost for p in best],
@@ -190,6 +187,7 @@ def cost_against_divergence(x_title: str, points: Sequence[Point]) -> go.Figure:
         line={"color": BASELINE, "width": 1.4, "dash": "dot"},
         hoverinfo="skip",
     )
+    (low, high), right = _decades(points), ROOM * max(p.cost for p in points)
     rows = [(p.label, p.cost, math.log10(p.divergence)) for p in points]
     figure.add_scatter(
         x=[p.cost for p in points],
@@ -197,23 +195,25 @@ def cost_against_divergence(x_title: str, points: Sequence[Point]) -> go.Figure:
         text=[p.label for p in points],
         name="Quantized",
         mode="markers+text",
-        textposition=_text_positions(rows, [row[1:] for row in rows], edge=1.0),  # the line comes from the left
+        textposition=_text_positions(rows, [(0, low), (right, high)], edge=1.0),  # the line comes from the left
         marker={"size": 11, "color": QUANTIZED},
         error_y=_intervals(points),
         hovertemplate="%{text}<br>%{x:.4g}<br>%{y:.3g} nats/token<extra></extra>",
         cliponaxis=False,
     )
-    _layout(figure, "KL divergence against " + x_title.partition(" (")[0] + " ↙", "nats/token", 380)
+    _layout(figure, f"KL divergence against {shown.axis.partition(' (')[0]} ↙", "nats/token", 380)
     figure.update_layout(hovermode="closest", showlegend=False)
-    figure.update_xaxes(title={"text": x_title}, range=[0, ROOM * max(p.cost for p in points)], showgrid=True)
-    ticks = "D2" if _narrow(points) else 1
-    return figure.update_yaxes(type="log", rangemode="normal", zeroline=False, dtick=ticks, tickformat="~g")
+    figure.update_xaxes(title={"text": shown.axis}, range=[0, right], showgrid=True)
+    figure.update_yaxes(type="log", rangemode="normal", zeroline=False, range=[low, high], tickformat="~g")
+    return figure.update_yaxes(dtick="D2" if high - low < 2.5 else 1)
 
 
-def _narrow(points: Sequence[Point]) -> bool:
-    """Whether an axis with powers of ten alone would have hardly a tick."""
-    values = [p.divergence for p in points]
-    return max(values) < 300 * min(values)
+def _decades(points: Sequence[Point]) -> tuple[float, float]:
+    """Powers of ten that hold all points and their intervals; far enough apart for some ticks between them."""
+    bounds = [bound for p in points for bound in (p.divergence, *(p.interval or ())) if bound > 0]
+    low, high = math.log10(min(bounds)), math.log10(max(bounds))
+    margin = max(0.06 * (high - low), (LEAST_DECADES - (high - low)) / 2)
+    return low - margin, high + margin
 
 
 def _intervals(points: Sequence[Point]) -> dict[str, Any] | None:

@@ -29,7 +29,22 @@ class Point:
     interval: tuple[float, float] | None = None
 
 
-def divergence_points(models: Sequence[tuple[str, Sequence[Row]]]) -> tuple[str, list[Point]] | None:
+@dataclass(frozen=True)
+class Tradeoff:
+    """The chart.
+
+    Attributes:
+        axis: What the models take.
+        protocol: How their divergence was measured.
+        points: At least two models.
+    """
+
+    axis: str
+    protocol: str
+    points: list[Point]
+
+
+def tradeoff(models: Sequence[tuple[str, Sequence[Row]]]) -> Tradeoff | None:
     """The models whose divergence was measured by the protocol that most of them share, and what they take.
 
     Bits per weight count if all of these have them (of all Linears where some stayed in 16 bits), else their sizes.
@@ -38,8 +53,8 @@ def divergence_points(models: Sequence[tuple[str, Sequence[Row]]]) -> tuple[str,
         models: (label, comparison rows) of each.
 
     Returns:
-        Name of the axis and at least two points, or None if there is nothing to choose between. A model without any
-        divergence is left out: its logarithm has no place on the axis.
+        None if there is nothing to choose between. A model without any divergence is left out: its logarithm has no
+        place on the axis.
     """
     measured = [
         (label, rows, row) for label, rows in models if (row := _last(rows, "KL divergence")) and row["quantized"] > 0
@@ -55,7 +70,9 @@ def divergence_points(models: Sequence[tuple[str, Sequence[Row]]]) -> tuple[str,
             scale = 1.0 if in_bits else MEGABYTES[str(cost["unit"])]
             interval = tuple(row["interval"]) if row.get("interval") else None
             points.append(Point(label, cost["quantized"] * scale, row["quantized"], interval))
-    return (BITS if in_bits else SIZE, points) if len(points) > 1 else None
+    if len(points) < 2:
+        return None
+    return Tradeoff(BITS if in_bits else SIZE, str(measured[0][2]["protocol"]), points)
 
 
 def front(points: Sequence[Point]) -> list[Point]:

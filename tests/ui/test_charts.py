@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from ui.charts import comparison, cost_against_divergence, layer_errors, size_against, tuning_curve
 from ui.format import ago, count, duration, size
-from ui.pareto import Point, divergence_points
+from ui.pareto import Point, Tradeoff, tradeoff
 
 
 def test_layer_chart_shows_both_methods_in_percent():
@@ -74,38 +75,50 @@ def rows(kl, bits=None, size=5.0, interval=None, protocol="p", more_bits=None):
     """What a job measured of one configuration."""
     found = [
         {"metric": "size", "unit": "MB", "quantized": size},
-        {"metric": "KL divergence", "quantized": kl, "interval": interval, "protocol_id": protocol},
+        {"metric": "KL divergence", "quantized": kl, "interval": interval, "protocol": "how", "protocol_id": protocol},
     ]
     return found + [{"metric": "bits per weight", "quantized": b} for b in (bits, more_bits) if b is not None]
 
 
 def test_divergence_is_drawn_against_bits_and_the_best_are_joined():
-    found = divergence_points(
+    found = tradeoff(
         [("w4", rows(7e-4, 4.2, interval=[6e-4, 8e-4])), ("w2", rows(0.02, 2.1)), ("bad", rows(0.03, 3.1))]
     )
-    assert found == (
+    assert found == Tradeoff(
         "stored bits per weight",
+        "how",
         [Point("w4", 4.2, 7e-4, (6e-4, 8e-4)), Point("w2", 2.1, 0.02), Point("bad", 3.1, 0.03)],
     )
-    line, points = cost_against_divergence(*found).data
+    line, points = cost_against_divergence(found).data
     assert (list(line.x), list(line.y)) == ([2.1, 4.2], [0.02, 7e-4])
     assert list(points.text) == ["w4", "w2", "bad"] and list(points.error_y.array) == pytest.approx([1e-4, 0, 0])
-    assert cost_against_divergence(*found).layout.yaxis.type == "log"
+    assert cost_against_divergence(found).layout.yaxis.type == "log"
 
 
 def test_divergence_of_one_protocol_only_and_never_of_one_model_alone():
-    assert divergence_points([("a", rows(0.1, 2.0))]) is None
-    assert divergence_points([("a", rows(0.1, 2.0)), ("b", rows(0.1, 2.0, protocol="other"))]) is None
-    assert divergence_points([("a", rows(0.1, 2.0)), ("same", rows(0.0, 16.0))]) is None
+    assert tradeoff([("a", rows(0.1, 2.0))]) is None
+    assert tradeoff([("a", rows(0.1, 2.0)), ("b", rows(0.1, 2.0, protocol="other"))]) is None
+    assert tradeoff([("a", rows(0.1, 2.0)), ("same", rows(0.0, 16.0))]) is None
     three = [("a", rows(0.1, 2.0)), ("b", rows(0.2, 2.0, protocol="other")), ("c", rows(0.3, 3.0))]
-    assert [p.label for p in divergence_points(three)[1]] == ["a", "c"]
+    assert [p.label for p in tradeoff(three).points] == ["a", "c"]
 
 
 def test_sizes_stand_in_for_bits_and_bits_of_all_linears_come_first():
-    axis, points = divergence_points([("a", rows(0.1, 2.0)), ("b", rows(0.2, size=7.0))])
-    assert axis == "size of the weight files (MB)" and [p.cost for p in points] == [5.0, 7.0]
-    axis, points = divergence_points([("a", rows(0.1, 2.0)), ("kept", rows(0.05, 2.0, more_bits=6.0))])
-    assert axis == "stored bits per weight" and [p.cost for p in points] == [2.0, 6.0]
+    found = tradeoff([("a", rows(0.1, 2.0)), ("b", rows(0.2, size=7.0))])
+    assert found.axis == "size of the weight files (MB)" and [p.cost for p in found.points] == [5.0, 7.0]
+    found = tradeoff([("a", rows(0.1, 2.0)), ("kept", rows(0.05, 2.0, more_bits=6.0))])
+    assert found.axis == "stored bits per weight" and [p.cost for p in found.points] == [2.0, 6.0]
+
+
+def test_divergences_that_are_nearly_equal_have_ticks_too():
+    def bounds(*values):
+        points = [Point(str(kl), 2.0, kl, (0.9 * kl, 1.1 * kl)) for kl in values]
+        axis = cost_against_divergence(Tradeoff("stored bits per weight", "how", points)).layout.yaxis
+        assert axis.range[0] < math.log10(0.9 * min(values)) and math.log10(1.1 * max(values)) < axis.range[1]
+        return axis.range[1] - axis.range[0], axis.dtick
+
+    assert bounds(0.0161, 0.0169) == (pytest.approx(0.8), "D2")
+    assert bounds(6e-5, 0.03)[1] == 1
 
 
 def test_a_distance_has_no_bar_of_the_baseline():

@@ -111,4 +111,5 @@ def test_the_comparison_draws_divergence_alone_bits_in_pairs_and_both_against_ea
     assert [trace["name"] for trace in divergence["data"]] == ["Quantized"]
     assert [trace["name"] for trace in bits["data"]] == ["Baseline", "Quantized"]
     assert [label.rpartition(" / ")[2] for label in tradeoff["data"][1]["text"]] == ["w4", "w2"]
+    assert "8 of 9 windows" in on_jobs(keys)[1].value
     assert len(drawn(on_jobs(keys[:1]))) == 2  # of one model alone there is nothing to choose between

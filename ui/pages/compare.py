@@ -21,7 +21,7 @@ from ui.charts import comparison, cost_against_divergence
 from ui.chat_pair import pair_key
 from ui.format import ago
 from ui.layout import card, empty, esc, link, page, plain, title
-from ui.pareto import divergence_points
+from ui.pareto import tradeoff
 from ui.reading import briefly, find, store_notice
 from ui.resultview import metric_words, number_cells
 
@@ -66,7 +66,8 @@ def build(demo: gr.Blocks, home: Home) -> None:
             elem_id="compare-jobs",
             visible=False,
         )
-        tradeoff = gr.Plot(show_label=False, visible=False, elem_id="chart-tradeoff", elem_classes=["qd-plot"])
+        best = gr.Plot(show_label=False, visible=False, elem_id="chart-tradeoff", elem_classes=["qd-plot"])
+        best_note = gr.HTML(visible=False)
         pickers, plots, notes = {}, {}, {}
         for pair in (CHARTS[:2], CHARTS[2:4], CHARTS[4:]):
             with gr.Row(elem_classes=["qd-split"]):
@@ -124,9 +125,14 @@ def build(demo: gr.Blocks, home: Home) -> None:
             first = protocols[0] if protocols else None
             lists.append(gr.Dropdown(choices=protocols, value=first, visible=len(protocols) > 1))
             drawings += draw(chosen, metric, first)
-        points = divergence_points([(one.label, one.rows) for one in chosen])
-        best = gr.Plot(cost_against_divergence(*points), visible=True) if points else gr.Plot(visible=False)
-        return [best, *lists, *drawings, delta_table(chosen)]
+        return [*draw_best(chosen), *lists, *drawings, delta_table(chosen)]
+
+    def draw_best(chosen: list[Measured]) -> list[Any]:
+        found = tradeoff([(one.label, one.rows) for one in chosen])
+        if found is None:
+            return [gr.Plot(visible=False), gr.HTML(visible=False)]
+        note = note_html([found.protocol, *left_out(len(chosen) - len(found.points))])
+        return [gr.Plot(cost_against_divergence(found), visible=True), gr.HTML(note, visible=True)]
 
     def draw(chosen: list[Measured], metric: str, protocol: str | None) -> list[Any]:
         rows = rows_for(chosen, metric, protocol)
@@ -137,7 +143,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         return [gr.Plot(figure_for(metric, rows), visible=True), gr.HTML(note, visible=bool(note))]
 
     drawn = [part for metric in metrics for part in (plots[metric], notes[metric])]
-    everything = [tradeoff, *(pickers[m] for m in metrics), *drawn, table]
+    everything = [best, best_note, *(pickers[m] for m in metrics), *drawn, table]
     demo.load(on_load, None, [nothing, chosen], **quiet).then(on_jobs, [chosen], everything, **quiet)
     chosen.input(on_jobs, [chosen], everything, **quiet)
     for metric in metrics:
@@ -229,10 +235,18 @@ def chart_note(rows: Labelled, missing: int, several: bool) -> str:
     parts = [] if several else [protocol_of(rows[0][1])]
     if any(row.get("interval") for _, row in rows):
         parts.append("Error bars: 95 % interval of the difference to the baseline on the same samples.")
-    if missing > 0:
-        parts.append(
-            f"{missing} chosen {'job was' if missing == 1 else 'jobs were'} not measured this way and not drawn."
-        )
+    return note_html([*parts, *left_out(missing)])
+
+
+def left_out(missing: int) -> list[str]:
+    """How many of the chosen ones a chart does not show, in words; nothing if it shows all."""
+    if missing < 1:
+        return []
+    return [f"{missing} chosen {'job was' if missing == 1 else 'jobs were'} not measured this way and not drawn."]
+
+
+def note_html(parts: Sequence[str]) -> str:
+    """What stands below a chart."""
     return '<p class="qd-muted qd-small" style="margin:0 4px">' + "<br>".join(esc(part) for part in parts) + "</p>"
 
 

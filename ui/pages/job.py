@@ -25,7 +25,7 @@ from ui.layout import ACTION_JS, card, empty, esc, link, notice, page
 from ui.logview import LOG_JS, frame_html, functions
 from ui.madeview import made, notes
 from ui.pages.jobs import act_on, actor_of, digest
-from ui.pareto import divergence_points
+from ui.pareto import tradeoff
 from ui.reading import asked, briefly, find, store_notice
 from ui.resultview import combined_html, result_table
 
@@ -47,7 +47,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
                 stages = gr.HTML(elem_id="stages")
                 remarks = gr.HTML(visible=False, elem_id="notes")
             with gr.Column(scale=3, min_width=420):
-                tradeoff = gr.Plot(show_label=False, elem_id="tradeoff", elem_classes=["qd-plot"], visible=False)
+                best = gr.Plot(show_label=False, elem_id="tradeoff", elem_classes=["qd-plot"], visible=False)
                 scatter = gr.Plot(show_label=False, elem_id="sizes", elem_classes=["qd-plot"], visible=False)
                 curve = gr.Plot(show_label=False, elem_id="tuning", elem_classes=["qd-plot"], visible=False)
                 chart = gr.Plot(show_label=False, elem_id="layers", elem_classes=["qd-plot"], visible=False)
@@ -67,7 +67,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         "head": head, "facts": facts, "result": result, "stages": stages, "notes": remarks, "made": saved,
         "history": history,
     }  # fmt: skip
-    outputs = [seen, timer, said, *parts.values(), tradeoff, scatter, curve, chart]
+    outputs = [seen, timer, said, *parts.values(), best, scatter, curve, chart]
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
     def show(now: Seen) -> list[Any]:
@@ -206,11 +206,11 @@ def _read(home: Home, uid: str, version: tuple[int, int]) -> tuple[list[dict[str
 
 
 def _tradeoff(job: Job, now: Seen) -> Any:
-    found = divergence_points([(str(entry["name"]), entry["rows"]) for entry in measured(job.result)])
+    found = tradeoff([(str(entry["name"]), entry["rows"]) for entry in measured(job.result)])
     if found is None or found == now.get("tradeoff"):
         return gr.skip()
     now["tradeoff"] = found
-    return gr.Plot(cost_against_divergence(*found), visible=True)
+    return gr.Plot(cost_against_divergence(found), visible=True)
 
 
 def _scatter(job: Job, now: Seen) -> Any:
