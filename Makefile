@@ -44,6 +44,8 @@ bench: setup-dev
 	$(RUN) -m benchmarks.quantizers
 	$(RUN) -m benchmarks.memory
 	$(RUN) -m benchmarks.configurations
+	$(RUN) -m benchmarks.aqlm
+	$(RUN) -m benchmarks.aqlm_model
 	$(RUN) -m benchmarks.jobs
 
 clean:

@@ -1,4 +1,4 @@
-"""The int4 core on a CUDA machine: checks against float64, then times. Needs torch, transformers, safetensors.
+"""The core on a CUDA machine: checks against float64, then times. Needs torch, transformers, safetensors.
 
     sh benchmarks/gpu.sh [--small] [--device cuda:0]
 
@@ -35,6 +35,9 @@ from backend.formats.size import weight_bytes
 from backend.formats.skeleton import build_skeleton
 from backend.formats.weight import QuantizedWeight
 from backend.formats.writer import CheckpointWriter
+from backend.quantize.aqlm.presets import PRESETS
+from backend.quantize.aqlm.scheme import AdditiveScheme
+from backend.quantize.aqlm.search import fit
 from backend.quantize.pipeline import quantize as run
 from backend.quantize.recipe import Recipe, Scheme
 from backend.quantize.report import QuantizationReport
@@ -217,6 +220,39 @@ def time_model(results: Results, folder: Path, device: str, shape: dict[str, int
     )
 
 
+def time_aqlm(results: Results, device: str, shape: dict[str, int], name: str) -> None:
+    """One decoder layer of a model, its Linears one after the other, and what the whole model would take."""
+    generator = torch.Generator(device).manual_seed(4)
+    hidden, middle, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    linears = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden), (middle, hidden), (middle, hidden)]
+    for scheme in (AdditiveScheme(1, 16, 8), AdditiveScheme(2, 8, 8)):
+        seconds, errors = 0.0, []
+        for out, width in (*linears, (hidden, middle)):
+            if scheme.misfit(out, width):
+                results.add(f"{name}: AQLM {scheme.label}", "not measured: a Linear has fewer groups than words")
+                break
+            inputs = torch.randn(2 * width, width, device=device, generator=generator)
+            H = inputs.T @ inputs  # noqa: N806
+            W = torch.randn(out, width, device=device, generator=generator) * 0.02  # noqa: N806
+            del inputs
+            _wait(device)
+            began = time.perf_counter()
+            errors.append(fit(W, H, scheme, PRESETS["default"], seed=0).relative_error)
+            _wait(device)
+            seconds += time.perf_counter() - began
+        else:
+            told = f"{seconds:.1f} s a layer, {seconds * layers / 60:.1f} min for {layers} layers (extrapolated)"
+            results.add(f"{name}: AQLM {scheme.label}", told)
+            results.check(f"{name}: AQLM {scheme.label}, largest error", max(errors), 0.25)
+
+
+def _wait(device: str) -> None:
+    """For what a GPU still has to do."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="skip the 1.1B and 8B models")
@@ -238,6 +274,7 @@ def main() -> int:
     if not arguments.small:
         parts.append(("1.1B model", lambda folder: time_model(results, folder, device, MEDIUM, "1.1B")))
         parts.append(("8B model", lambda folder: time_model(results, folder, device, LARGE, "8B")))
+        parts.append(("8B layer, AQLM", lambda folder: time_aqlm(results, device, LARGE, "8B")))
     for title, part in parts:
         print(title, flush=True)
         with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from backend.paths import PROJECT
-from benchmarks.gpu import Results, check_kernels
+from benchmarks.gpu import SMALL, Results, check_kernels, time_aqlm
 
 
 def test_checks_pass_on_cpu() -> None:
@@ -18,6 +18,15 @@ def test_checks_pass_on_cpu() -> None:
     check_kernels(results, "cpu")
     assert results.failures == []
     assert len(results.rows) > 10
+
+
+def test_one_layer_tells_of_the_whole_model() -> None:
+    results = Results()
+    time_aqlm(results, "cpu", SMALL | {"hidden_size": 128, "intermediate_size": 256}, "tiny")
+    told = dict(results.rows)
+    assert "not measured" in told["tiny: AQLM aqlm-1x16-g8"]
+    assert "4 layers (extrapolated)" in told["tiny: AQLM aqlm-2x8-g8"]
+    assert results.failures == []
 
 
 def test_a_value_beyond_its_limit_is_a_failure() -> None:
