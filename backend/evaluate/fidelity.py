@@ -167,7 +167,7 @@ def _tell(progress: Progress, total: int, message: str, done: int) -> None:
 def metrics_of(found: Divergence, protocol: Mapping[str, Any]) -> dict[str, Any]:
     """Both sides' metrics: the base model's are 0 by definition, window by window."""
     kl = _metric("KL divergence", "KL(base ‖ quantized)", "nats/token", found.kl, 1.0, protocol)
-    flips = _metric("top-1 flips", "Changed top-1 predictions", "%", found.flips, 100.0, protocol)
+    flips = _metric("top-1 flips", "Top-1 flips", "%", found.flips, 100.0, protocol)
     zeros = [Metric(**{**one, "value": 0.0, "stderr": None, "samples": [0.0] * len(found.kl)}) for one in (kl, flips)]
     return {"baseline": {"metrics": zeros}, "quantized": {"metrics": [kl, flips]}}
 

@@ -55,7 +55,7 @@ def distance(name: str, kl: float, half: float | None, flips: float, bits: float
     return entry(
         name,
         row("KL divergence", "KL(base ‖ quantized), a:test", 0.0, kl, unit="nats/token", interval=interval),
-        row("top-1 flips", "Changed top-1 predictions, a:test", 0.0, flips, unit="%"),
+        row("top-1 flips", "Top-1 flips, a:test", 0.0, flips, unit="%"),
         row("bits per weight", "Stored bits, quantized Linears", 16.0, bits, unit="bits"),
     )
 
