@@ -113,8 +113,12 @@ def cells(row: Row) -> list[str]:
     """A row of the table as text."""
     parts = [f"{row[part]:.1f}" if part in row else "" for part in ("fit_s", "finetune_s")]
     seconds = [f"{row['cpu_s']:.1f}", f"{row['start_s']:.1f}", *parts, f"{row['wall_s']:.1f}"]
-    stderr = "" if row["kl_stderr"] is None else f"{row['kl_stderr']:.5f}"  # of few windows
-    quality = [f"{row['bits']:.2f}", f"{row['kl']:.5f}", stderr, f"{100 * row['flips']:.2f}"]
+    quality = [
+        f"{row['bits']:.2f}",
+        f"{row['kl']:.5f}",
+        report.decimal(row["kl_stderr"], 5),
+        f"{100 * row['flips']:.2f}",
+    ]
     return [row["name"], *seconds, report.megabytes(row["peak_bytes"]), *quality, f"{row['ratio']:.2f}"]
 
 

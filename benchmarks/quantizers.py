@@ -200,7 +200,9 @@ def cells(row: Row) -> list[str]:
         f"{row['work_ratio']:.1f}" if "work_ratio" in row else "",
         report.megabytes(row["peak_bytes"]),
     ]
-    quality = [f"{row['kl']:.6f}", f"{row['kl_stderr']:.6f}", f"{100 * row['flips']:.2f}"] if "kl" in row else [""] * 3
+    quality = [""] * 3
+    if "kl" in row:
+        quality = [f"{row['kl']:.6f}", report.decimal(row["kl_stderr"], 6), f"{100 * row['flips']:.2f}"]
     return [*map(str, setting), *cost, *quality, f"{row['bytes'] / 1e6:.1f}"]
 
 

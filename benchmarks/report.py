@@ -84,6 +84,11 @@ def megabytes(number: float) -> str:
     return f"{number / 1e6:.0f}"
 
 
+def decimal(number: float | None, places: int) -> str:
+    """A number, or nothing where there is none: a standard error of a single window, say."""
+    return "" if number is None else f"{number:.{places}f}"
+
+
 def write(path: Path | None, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """The same as JSON, if a path is given."""
     if path is not None:
