@@ -94,7 +94,7 @@ def _serving(folder: Path) -> str:
     bits = weight_bits(stated)
     if stated.get("quant_method") == "aqlm":
         text = (
-            "Elsewhere: <code>AutoModelForCausalLM.from_pretrained(...)</code> of transformers with the aqlm package "
+            "Elsewhere: <code>AutoModelForCausalLM.from_pretrained</code> of transformers with the aqlm package "
             "(<code>pip install aqlm[gpu]</code> or <code>aqlm[cpu]</code>; on a CPU in float32 and with "
             "<code>NUMBA_NUM_THREADS=1</code>)."
         )

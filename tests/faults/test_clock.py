@@ -20,7 +20,7 @@ def test_a_day_more_or_less_ends_no_job_and_starts_none_twice(jobs, tmp_path, mo
     monkeypatch.setenv("QUANTDECK_TEST_CLOCK", str(clock))  # for what this process starts, not for itself
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "clock"))
     job = jobs.create({"name": "w4", "settings": {"sleep_s": 1.0}}, name="under-way")
-    waits = jobs.create({"name": "w4"}, name="waits")
+    waits = jobs.create({"name": "w4", "settings": {"sleep_s": 1.0}}, name="waits")  # one file tells all jobs
     launch.ensure_scheduler(jobs.home)
     jobs.at_layer(job, 1)
     started, leases = jobs.get(job).started_at, jobs.store.leases()
