@@ -33,12 +33,12 @@ from backend.formats.writer import CheckpointWriter
 from backend.quantize.checkpoint import FILE, Checkpoint
 from backend.quantize.recipe import Override, Recipe, Scheme
 from tests.formats.crash import digest
+from tests.quantize.killed import kill_at_operation
 from tests.quantize.tiny import make_model, recipe, tokens
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 4
 SHARD_BYTES = 60_000  # several shards per configuration
-OPERATIONS = ("pwrite", "fsync", "replace", "unlink", "truncate", "open")
 STEPS = {  # where a run is killed -> the layer at which the next one begins
     "commit:after 0": 0, "seal:before 0": 1, "save:before 1": 1, "save:after 1": 2, "commit:after 2": 2,
     "seal:after 2": 3, "seal:after 3": 4,
@@ -97,24 +97,6 @@ def quantize(asked: dict[str, Any], shard_bytes: int = SHARD_BYTES) -> dict[str,
 
 
 # The program that is killed
-
-
-def kill_at_operation(number: int) -> list[int]:
-    """Have this process die in an operation on files (0: never); counts them."""
-    count = [0]
-    for name in OPERATIONS:
-        original = getattr(os, name)
-
-        def operation(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
-            count[0] += 1
-            if count[0] == number:
-                if _name == "pwrite":
-                    _original(args[0], args[1][: len(args[1]) // 2], args[2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return None if _name == "fsync" else _original(*args, **kwargs)  # fsync is slow and no matter here
-
-        setattr(os, name, operation)
-    return count
 
 
 def kill_in(method: str, layer: int) -> None:

@@ -37,12 +37,12 @@ from backend.quantize.aqlm.workers import FitPool
 from backend.quantize.checkpoint import FILE, Checkpoint
 from tests.formats.crash import digest
 from tests.quantize.aqlm.tiny import FINETUNE, HELD_OUT, SAMPLES, SCHEME, SEARCH
+from tests.quantize.killed import kill_at_operation
 from tests.quantize.models import make_model, tokens
 
 ROOT = Path(__file__).parents[3]
 LAYERS = 3
 SHARD_BYTES = 60_000  # several shards
-OPERATIONS = ("pwrite", "fsync", "replace", "unlink", "truncate", "open")
 STEPS = {  # where a run is killed -> the layer at which the next one begins, and how many layers need their codes
     "codes:before 0": (0, 3), "codes:after 0": (0, 2), "finetune:after 0": (0, 2), "commit:after 0": (0, 2),
     "save:after 0": (1, 2), "clear:before 0": (1, 2), "codes:before 1": (1, 2), "codes:after 1": (1, 1),
@@ -78,24 +78,6 @@ def told(report: CalibrationReport) -> list[dict[str, Any]]:
 
 
 # The program that is killed
-
-
-def kill_at_operation(number: int) -> list[int]:
-    """Have this process die in an operation on files (0: never); counts them."""
-    count = [0]
-    for name in OPERATIONS:
-        original = getattr(os, name)
-
-        def operation(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
-            count[0] += 1
-            if count[0] == number:
-                if _name == "pwrite":
-                    _original(args[0], args[1][: len(args[1]) // 2], args[2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return None if _name == "fsync" else _original(*args, **kwargs)  # fsync is slow and no matter here
-
-        setattr(os, name, operation)
-    return count
 
 
 def kill_in(method: str, layer: int) -> None:
