@@ -54,7 +54,8 @@ def _add_jobs(add: Callable[[str, Handler, str], argparse.ArgumentParser]) -> No
     jobs.add_argument("--limit", type=_count, default=LISTED, metavar="N", help=f"at most N (default: {LISTED})")
     jobs.add_argument("--json", action="store_true")
     compare = add("compare", commands_jobs.compare, "baseline against the quantized models of some jobs")
-    compare.add_argument("job_id", nargs="+")
+    compare.add_argument("job_id", nargs="*")
+    compare.add_argument("--published", action="store_true", help="instead, what the guides publish of other models")
     form = compare.add_mutually_exclusive_group()
     for name in ("json", "markdown", "csv"):
         form.add_argument(f"--{name}", dest="form", action="store_const", const=name)

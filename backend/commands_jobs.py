@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any
 
+from backend.errors import ConfigError
+from backend.evaluate import published
 from backend.evaluate.combined import combined_table
 from backend.evaluate.compare import RENDERERS, comparison_rows
 from backend.jobs import control, export, launch
@@ -59,6 +61,8 @@ def _outcome(job: Job, *, as_json: bool) -> int:
         for entry in entries:
             which = f" {entry['name']}" if len(entries) > 1 else ""
             print(f"Quantized model{which}: {entry['artefact']}")
+        if job.state == "succeeded" and job.reason:
+            print(f"\n{job.reason}")
     return 0 if job.state == "succeeded" else 1
 
 
@@ -117,7 +121,13 @@ def jobs(args: argparse.Namespace, home: Home) -> int:
 
 
 def compare(args: argparse.Namespace, home: Home) -> int:
-    """Baseline against the quantized models of some jobs."""
+    """Baseline against the quantized models of some jobs; or published figures, which never stand beside them."""
+    if args.published == bool(args.job_id):
+        found = "both were given" if args.published else "neither was given"
+        raise ConfigError(f"compare takes the names of jobs or --published; {found}", key="JOB_ID")
+    if args.published:
+        print(published.RENDERERS[args.form]())
+        return 0
     store = JobStore(home)
     rows = comparison_rows([store.get(job_id) for job_id in args.job_id])
     print(RENDERERS[args.form](rows))

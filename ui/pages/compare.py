@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 
 from backend.errors import JobError
+from backend.evaluate.published import CAPTION, TABLES, PublishedTable, origin, shown
 from backend.jobs.results import full_name, measured
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
@@ -84,6 +85,8 @@ def build(demo: gr.Blocks, home: Home) -> None:
                         )  # fmt: skip
                         notes[metric] = gr.HTML(visible=False)
         table = gr.HTML(elem_id="compare-table")
+        with gr.Accordion("Published reference figures", open=False, elem_id="compare-published"):
+            gr.HTML(published_html())
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     metrics = [metric for metric, _ in CHARTS]
 
@@ -271,4 +274,22 @@ def delta_table(chosen: Sequence[Measured]) -> str:
         '<th class="qd-num">Baseline</th><th class="qd-num">Quantized</th><th class="qd-num">Impact</th></tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>",
         classes="qd-flush",
+    )
+
+
+def published_html() -> str:
+    """The figures of others, each table with where it comes from; they share no table and no chart with ours."""
+    return f'<p class="qd-muted">{esc(CAPTION)}</p>' + "".join(_published(table) for table in TABLES)
+
+
+def _published(table: PublishedTable) -> str:
+    heads = "".join(f'<th class="qd-num">{esc(column.heading)}</th>' for column in table.columns)
+    body = []
+    for row in table.rows:
+        numbers = "".join(f'<td class="qd-num">{esc(shown(value))}</td>' for value in row.values)
+        body.append(f'<tr><td class="qd-nowrap">{esc(row.runtime)}</td><td>{esc(row.label)}</td>{numbers}</tr>')
+    return card(
+        f'<div class="qd-scroll"><table class="qd-table"><thead><tr><th>Runtime</th><th>Quantized</th>{heads}</tr>'
+        f"</thead><tbody>{''.join(body)}</tbody></table></div>{note_html([origin(table)])}",
+        table.heading,
     )
