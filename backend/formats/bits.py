@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from backend.errors import CheckpointError, ConfigError
 from backend.formats.headers import DTYPE_BYTES, TensorInfo, read_headers
 from backend.formats.layouts import AQLM, FLOATING, PACK, Stored, linear_tensors, refusal
-from backend.formats.size import LAYER, is_layer_linear
+from backend.formats.modelopt_layout import ModeloptScheme
+from backend.formats.size import LAYER, is_layer_linear, is_quantized_linear
 from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.recipe import Recipe, Scheme
 
@@ -113,6 +114,31 @@ def predicted_bits(
     return 8 * nbytes / weights
 
 
+def predicted_modelopt_bits(
+    shapes: Mapping[str, tuple[int, int]],
+    scheme: ModeloptScheme,
+    *,
+    keep: tuple[str, ...] = ("lm_head",),
+    dtype: str = "F16",
+) -> float:
+    """As `predicted_bits`, for what modelopt exports; factors of inputs that are stored beside a weight count too.
+
+    Args:
+        shapes: Linears of the decoder layers -> (out, in).
+        scheme: Of all of them.
+        keep: Linears whose name contains one of these stay in 16 bits.
+        dtype: safetensors' name of the 16-bit type.
+
+    Raises:
+        ConfigError: If nothing would be quantized.
+    """
+    made = {name: shape for name, shape in shapes.items() if is_quantized_linear(f"{name}.weight", shape, keep)}
+    if not made:
+        raise ConfigError(f"none of the {len(shapes)} Linears would be quantized; there are no bits to count")
+    nbytes = sum(_nbytes(stored) for name, shape in made.items() for stored in scheme.tensors(name, shape, dtype))
+    return 8 * nbytes / sum(map(prod, made.values()))
+
+
 def _scheme(
     name: str, shape: tuple[int, int], recipe: AdditiveScheme | Recipe, layout: str, keep: tuple[str, ...]
 ) -> AdditiveScheme | Scheme | None:
@@ -162,7 +188,9 @@ def _of_packed(folder: Path, parts: Mapping[str, TensorInfo]) -> int:
 
 def _of_scaled(folder: Path, parts: Mapping[str, TensorInfo]) -> int:
     weight = parts["weight"]
-    return 0 if weight.dtype in FLOATING else prod(weight.shape)  # of FP8 or int8
+    if weight.dtype in FLOATING:
+        return 0
+    return prod(weight.shape) * (2 if weight.dtype == "U8" else 1)  # modelopt's pairs of 4 bits; FP8 or int8
 
 
 _COUNTS: Mapping[str, Callable[[Path, Mapping[str, TensorInfo]], int]] = {

@@ -17,6 +17,7 @@ from backend.formats.additive_linear import additive_linear
 from backend.formats.additive_weight import AdditiveWeight
 from backend.formats.config import read_config_json
 from backend.formats.headers import read_headers
+from backend.formats.modelopt_linear import ModeloptLinear, ModeloptWeight
 from backend.formats.packed_int8 import PermutedLinear, packed_linear
 from backend.formats.remote_code import remote_code_allowed
 from backend.formats.size import TIED_HEADS
@@ -153,7 +154,7 @@ def _packed_prefixes(files: dict[str, str], packed: StoredLinears) -> Iterator[s
 def _weight_names(files: dict[str, str], prefixes: set[str], packed: StoredLinears | None) -> Iterator[str]:
     """The names that the files would have without quantization."""
     parts = (*packed.required, *packed.optional) if packed else ()
-    yield from (f"{prefix}.weight" for prefix in prefixes if f"{prefix}.weight" not in files)
+    yield from (f"{prefix}.weight" for prefix in prefixes if "weight" in parts or f"{prefix}.weight" not in files)
     for name in files:
         prefix, _, part = name.rpartition(".")
         if prefix not in prefixes or part not in parts:
@@ -174,7 +175,7 @@ def _place_packed(
     """Put the packed Linear that the files call `prefix` where the module tree has `name`."""
     missing = [part for part in packed.required if f"{prefix}.{part}" not in reader.unread]
     module = (name or "").removesuffix(".weight")
-    twice = f"{prefix}.weight" in reader.unread
+    twice = "weight" not in packed.required and f"{prefix}.weight" in reader.unread
     if name is None or missing or twice or not isinstance(model.get_submodule(module), nn.Linear):
         reason = "is also stored unpacked" if twice else "is no Linear of this architecture"
         reason = f"lacks {', '.join(missing)}" if missing else reason
@@ -195,6 +196,8 @@ def _place_packed(
             )
     if isinstance(weight, AdditiveWeight):
         linear = additive_linear(weight, bias, dtype=dtype, device=device, packed=packed_codes)
+    elif isinstance(weight, ModeloptWeight):
+        linear = ModeloptLinear(weight, bias, dtype=dtype, device=device)
     else:
         linear = packed_linear(weight, bias, dtype=dtype, device=device)
     model.set_submodule(module, linear if order is None else PermutedLinear(linear, order))
@@ -206,6 +209,12 @@ def _place(
     if tensor.shape != target.shape:
         raise CheckpointError(
             f"{name} has shape {tuple(tensor.shape)}; config.json of {type(model).__name__} says {tuple(target.shape)}."
+        )
+    if target.is_floating_point() and (not tensor.is_floating_point() or tensor.element_size() < 2):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{name} holds {kind} codes, but nothing that says what they stand for; the checkpoint is incomplete, or "
+            "its quantization is not the one that config.json names."
         )
     parent, _, leaf = name.rpartition(".")
     data = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
@@ -19,6 +20,7 @@ from backend.formats.layouts import (
     scale_dtype,
     stored_dtype,
 )
+from backend.formats.modelopt_layout import ModeloptScheme
 from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.recipe import Recipe, Scheme
 
@@ -102,6 +104,37 @@ def predicted_additive_size(
     return _total(drop_tied_head(headers, config), scheme_of, AQLM, dtype, max_shard_bytes, headers)
 
 
+def predicted_modelopt_size(
+    headers: Iterable[TensorInfo],
+    config: Mapping[str, Any],
+    scheme: ModeloptScheme,
+    *,
+    keep: tuple[str, ...] = ("lm_head",),
+    dtype: str | None = "float16",
+) -> int:
+    """Bytes of modelopt's export in one file, as safetensors itself writes it; each further shard adds some hundred.
+
+    Args:
+        headers: `read_headers` of the 16-bit model.
+        config: Its config.json.
+        scheme: Of all Linears of the decoder layers.
+        keep: Linears whose name contains one of these stay in 16 bits.
+        dtype: Type of the tensors that stay unquantized; None keeps theirs.
+
+    Raises:
+        ConfigError: If the dtype is unknown.
+    """
+    check_layout(AUTOAWQ_GEMM, dtype)
+    stored: list[Stored] = []
+    for tensor in drop_tied_head(headers, config):
+        kind = stored_dtype(tensor.dtype, dtype)
+        if is_quantized_linear(tensor.name, tensor.shape, keep):
+            stored += scheme.tensors(tensor.name.removesuffix(".weight"), tensor.shape, kind)
+        else:
+            stored.append((tensor.name, kind, tensor.shape))
+    return library_size(stored)
+
+
 def drop_tied_head(headers: Iterable[TensorInfo], config: Mapping[str, Any]) -> list[TensorInfo]:
     """Leave out the copy of the embeddings that some checkpoints with a tied head store as a weight of its own."""
     tied = bool(config.get("tie_word_embeddings"))
@@ -122,6 +155,18 @@ def is_layer_linear(name: str, shape: tuple[int, ...]) -> bool:
 def is_quantized_linear(name: str, shape: tuple[int, ...], keep: tuple[str, ...]) -> bool:
     """True for the weight of a Linear inside a decoder layer that is not on the keep list."""
     return is_layer_linear(name, shape) and not any(part in name for part in keep)
+
+
+def library_size(tensors: Iterable[Stored]) -> int:
+    """Bytes of a file that the safetensors library writes: wide types first, then by name, the header padded to 8."""
+    at = 0
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, dtype, shape in sorted(tensors, key=lambda t: (-DTYPE_BYTES[t[1]], t[0])):
+        end = at + DTYPE_BYTES[dtype] * prod(shape)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    return HEADER_FIELD_BYTES + -(-len(header) // 8) * 8 + at
 
 
 def _total(

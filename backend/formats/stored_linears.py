@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from backend.errors import CheckpointError, ModelError
-from backend.formats import aqlm, autoawq, compressed_tensors
+from backend.formats import aqlm, autoawq, compressed_tensors, modelopt, modelopt_layout
 from backend.formats.additive_weight import AdditiveWeight
 from backend.formats.compressed_config import METHOD, WeightScheme, packed_schemes, scheme_of
 from backend.formats.config import read_config_json
+from backend.formats.modelopt_linear import ModeloptWeight
 from backend.formats.weight import QuantizedWeight
 from backend.quantize.aqlm.scheme import AdditiveScheme
 
-METHODS = ("awq", METHOD, aqlm.METHOD)
+METHODS = ("awq", METHOD, aqlm.METHOD, modelopt_layout.METHOD)
 
 
 class StoredLinears(Protocol):
@@ -26,7 +27,7 @@ class StoredLinears(Protocol):
 
     @property
     def required(self) -> tuple[str, ...]:
-        """Parts of every quantized Linear's name; the first one marks it."""
+        """Parts of every quantized Linear's name; the first one marks it. `weight` among them: codes have that name."""
 
     @property
     def optional(self) -> tuple[str, ...]:
@@ -34,7 +35,7 @@ class StoredLinears(Protocol):
 
     def unpack(
         self, prefix: str, tensors: Mapping[str, Tensor]
-    ) -> tuple[QuantizedWeight | AdditiveWeight, Tensor | None]:
+    ) -> tuple[QuantizedWeight | AdditiveWeight | ModeloptWeight, Tensor | None]:
         """The weight of a Linear, and the order of inputs (in,) that its columns have, if it is not the model's.
 
         Raises:
@@ -111,6 +112,30 @@ class AqlmLinears:
             raise CheckpointError(f"{prefix}: {error.message}") from None
 
 
+@dataclass(frozen=True)
+class ModeloptLinears:
+    """modelopt: one algorithm for all.
+
+    Attributes:
+        config: Of the checkpoint.
+    """
+
+    config: modelopt.ModeloptConfig
+    required: tuple[str, ...] = modelopt_layout.PARTS
+    optional: tuple[str, ...] = modelopt_layout.OPTIONAL
+
+    def unpack(self, prefix: str, tensors: Mapping[str, Tensor]) -> tuple[ModeloptWeight, Tensor | None]:
+        """See `StoredLinears`."""
+        if self.config.ignores(prefix):
+            raise CheckpointError(
+                f"{prefix} is quantized, but config.json lists it as ignored; export the model again."
+            )
+        try:
+            return modelopt.unpack(tensors, self.config), None
+        except CheckpointError as error:
+            raise CheckpointError(f"{prefix}: {error.message}") from None
+
+
 def quantization_of(folder: Path) -> Mapping[str, Any] | None:
     """The `quantization_config` of a folder, of a method that can be loaded; None for a 16-bit model.
 
@@ -119,12 +144,12 @@ def quantization_of(folder: Path) -> Mapping[str, Any] | None:
     """
     found = read_config_json(folder).get("quantization_config")
     if found is None:
-        return None
+        return modelopt.older_config(folder)
     method = found.get("quant_method") if isinstance(found, dict) else found
     if not isinstance(found, dict) or method not in METHODS:
         raise ModelError(
-            f"{folder} is quantized with {method!r}; 16-bit models, AutoAWQ, compressed-tensors and AQLM checkpoints "
-            "can be loaded."
+            f"{folder} is quantized with {method!r}; 16-bit models, AutoAWQ, compressed-tensors, AQLM and modelopt "
+            "checkpoints can be loaded."
         )
     return found
 
@@ -133,13 +158,16 @@ def stored_linears(folder: Path, config: Mapping[str, Any]) -> StoredLinears | N
     """The reader that a `quantization_config` asks for; None if it is one that we leave to other packages.
 
     Raises:
-        ModelError: If an AutoAWQ or AQLM configuration is not one of the known layouts.
+        ModelError: If an AutoAWQ, AQLM or modelopt configuration is not one of the known layouts.
+        CheckpointError: If a modelopt checkpoint also quantizes what cannot be run here.
     """
     if config.get("quant_method") == METHOD:
         schemes = packed_schemes(config)
         return None if schemes is None else PackQuantizedLinears(schemes)
     if config.get("quant_method") == aqlm.METHOD:
         return AqlmLinears(aqlm.scheme_of(config))
+    if config.get("quant_method") == modelopt_layout.METHOD:
+        return ModeloptLinears(modelopt.parse_config(folder, config))
     version = str(config.get("version", "gemm")).upper()
     bits, group_size = config.get("bits"), config.get("group_size")
     if version not in autoawq.VERSIONS or bits != 4 or not isinstance(group_size, int) or group_size < 1:
