@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from backend.errors import ConfigError, ConfigErrors
 from backend.paths import Home
+from backend.tensorrt_llm.methods import IMAGE
 
 FILE_NAME = "quantdeck.toml"
 MAX_BYTES = 100_000
@@ -103,6 +104,34 @@ class WebSettings(_Section):
         return tuple(origin.lower() for origin in origins)
 
 
+class TensorRTLLMRunSettings(_Section):
+    """`[tensorrt_llm]`: where TensorRT-LLM is.
+
+    Attributes:
+        environment: Absolute folder of a virtual environment with tensorrt_llm; empty if there is none.
+        image: Container image that is used without it. It is never pulled.
+        docker: Name or absolute path of the docker client.
+    """
+
+    environment: str = ""
+    image: str = IMAGE
+    docker: str = "docker"
+
+    @field_validator("environment")
+    @classmethod
+    def _absolute(cls, folder: str) -> str:
+        if folder and (not folder.startswith("/") or "\0" in folder or ".." in Path(folder).parts):
+            raise ValueError("it must be empty or the absolute path of a folder without '..'")
+        return folder
+
+    @field_validator("image", "docker")
+    @classmethod
+    def _no_option(cls, text: str) -> str:
+        if not text or text.startswith("-") or not text.isprintable() or " " in text:
+            raise ValueError("it must be a name without spaces that does not begin with '-'")
+        return text
+
+
 class Settings(_Section):
     """All settings of a home.
 
@@ -110,11 +139,13 @@ class Settings(_Section):
         jobs: How jobs run.
         models: Which models may be opened.
         web: Who may reach the page.
+        tensorrt_llm: Where TensorRT-LLM is.
     """
 
     jobs: JobSettings = JobSettings()
     models: ModelSettings = ModelSettings()
     web: WebSettings = WebSettings()
+    tensorrt_llm: TensorRTLLMRunSettings = TensorRTLLMRunSettings()
 
     @classmethod
     def load(cls, home: Home) -> Settings:

@@ -16,7 +16,8 @@ from backend.errors import ConfigError, ConfigErrors
 
 FAKE_GPUS = "QUANTDECK_FAKE_GPUS"
 """Names a JSON file that stands in for the driver in tests: a list of GPUs with `uuid`, `name`, `total_bytes`,
-`used_bytes` and `processes` (each with `pid`, `name`, `bytes`), or an object `{"error": "..."}`."""
+`used_bytes`, `capability`, `driver` and `processes` (each with `pid`, `name`, `bytes`), or an object
+`{"error": "..."}`."""
 
 FOREIGN_BYTES = 1 << 30
 """More memory than this in use on a GPU that no job holds means that another program works there; the driver itself
@@ -34,7 +35,10 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; `index` counts in PCI order, as `CUDA_ID` does, `uuid` stays the same when others come or go."""
+    """One GPU; `index` counts in PCI order, as `CUDA_ID` does, `uuid` stays the same when others come or go.
+
+    `capability` is CUDA's compute capability, (major, minor); None where the driver does not tell.
+    """
 
     index: int
     uuid: str
@@ -42,6 +46,7 @@ class Gpu:
     total_bytes: int
     used_bytes: int
     processes: tuple[GpuProcess, ...] = ()
+    capability: tuple[int, int] | None = None
 
 
 def gpus() -> list[Gpu]:
@@ -69,6 +74,23 @@ def gpus() -> list[Gpu]:
         pynvml.nvmlShutdown()
 
 
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, e.g. `580.95.05`; None if there is none."""
+    if fake := os.environ.get(FAKE_GPUS):
+        rows: Any = json.loads(Path(fake).read_text(encoding="utf-8"))
+        return next((row["driver"] for row in rows if "driver" in row), None) if isinstance(rows, list) else None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _gpu(index: int) -> Gpu:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
@@ -82,8 +104,16 @@ def _gpu(index: int) -> Gpu:
     processes = tuple(GpuProcess(pid, _process_name(pid), size) for pid, size in sorted(held.items()))
     return Gpu(
         index, str(pynvml.nvmlDeviceGetUUID(handle)), str(pynvml.nvmlDeviceGetName(handle)),
-        int(memory.total), int(memory.used), processes,
+        int(memory.total), int(memory.used), processes, _capability(handle),
     )  # fmt: skip
+
+
+def _capability(handle: Any) -> tuple[int, int] | None:
+    try:
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except pynvml.NVMLError:
+        return None
+    return int(major), int(minor)
 
 
 def _process_name(pid: int) -> str:
@@ -104,7 +134,8 @@ def _fake_gpus(path: Path) -> list[Gpu]:
         processes = tuple(GpuProcess(**process) for process in row.get("processes", ()))
         used = row.get("used_bytes", sum(process.bytes for process in processes))
         name, total = row.get("name", "Fake GPU"), row.get("total_bytes", 80 << 30)
-        found.append(Gpu(index, row.get("uuid", f"GPU-fake-{index}"), name, total, used, processes))
+        capability = tuple(row["capability"]) if row.get("capability") else None
+        found.append(Gpu(index, row.get("uuid", f"GPU-fake-{index}"), name, total, used, processes, capability))
     return found
 
 
