@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from backend.errors import ConfigError, ConfigErrors
 from backend.paths import Home
+from backend.served.address import DEFAULT_URL, base_url
 from backend.tensorrt_llm.methods import IMAGE
 
 FILE_NAME = "quantdeck.toml"
@@ -132,6 +133,21 @@ class TensorRTLLMRunSettings(_Section):
         return text
 
 
+class ServedSettings(_Section):
+    """`[served]`: which model servers may be contacted.
+
+    Attributes:
+        urls: Base URLs of OpenAI-compatible servers, e.g. `http://127.0.0.1:8000`. No other address is ever asked.
+    """
+
+    urls: tuple[str, ...] = (DEFAULT_URL,)
+
+    @field_validator("urls")
+    @classmethod
+    def _base(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(base_url(url) for url in urls))
+
+
 class Settings(_Section):
     """All settings of a home.
 
@@ -140,12 +156,14 @@ class Settings(_Section):
         models: Which models may be opened.
         web: Who may reach the page.
         tensorrt_llm: Where TensorRT-LLM is.
+        served: Which model servers may be contacted.
     """
 
     jobs: JobSettings = JobSettings()
     models: ModelSettings = ModelSettings()
     web: WebSettings = WebSettings()
     tensorrt_llm: TensorRTLLMRunSettings = TensorRTLLMRunSettings()
+    served: ServedSettings = ServedSettings()
 
     @classmethod
     def load(cls, home: Home) -> Settings:

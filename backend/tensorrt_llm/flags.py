@@ -81,7 +81,6 @@ def _switches(*names: str) -> list[Flag]:
 _BACKEND = Flag("--backend", "choice", ("pytorch", "_autodeploy", "tensorrt"))
 _LOG = Flag("--log_level", "choice", ("internal_error", "error", "warning", "info", "verbose", "debug"))
 _TYPES = ("auto", "float16", "float32", "bfloat16", "int32", "disable")
-_FRACTION = {"least": 0.01, "most": 1.0}
 
 _BENCH_COMMON = _table([Flag("--model", "str"), *_paths("--model_path", "--workspace"), _LOG])
 _BENCH = [
@@ -90,7 +89,7 @@ _BENCH = [
     _BACKEND,
     *_ints("--max_seq_len", "--beam_width", "--tp", "--pp", "--ep", "--concurrency"),
     *_ints("--num_requests", "--warmup", least=0),
-    Flag("--kv_cache_free_gpu_mem_fraction", "float", **_FRACTION),
+    Flag("--kv_cache_free_gpu_mem_fraction", "float", least=0.01, most=1.0),
 ]
 _THROUGHPUT = [
     *_BENCH,
@@ -108,7 +107,7 @@ _SERVE = [
     _LOG,
     *_ints("--max_beam_width", "--max_batch_size", "--max_num_tokens", "--max_seq_len", "--tp_size", "--pp_size"),
     *_ints("--num_postprocess_workers", least=0),
-    Flag("--kv_cache_free_gpu_memory_fraction", "float", **_FRACTION),
+    Flag("--kv_cache_free_gpu_memory_fraction", "float", least=0.01, most=1.0),
     *_switches("--enable_chunked_prefill"),
 ]
 _BUILD = [
