@@ -4,10 +4,10 @@ A program of its own, copied to where TensorRT-LLM is and run by the Python ther
 was tested against a stand-in of TensorRT-LLM's API, and has not run on a GPU. Reuse of the KV cache is off: with it,
 TensorRT-LLM returns logits only for the tokens that it really computes, fewer than the prompt has.
 
-    python3 perplexity.py WINDOWS.json RESULT.json --model FOLDER --backend pytorch|tensorrt [--tp N]
+    python3 perplexity_script.py WINDOWS.json RESULT.json --model FOLDER --backend pytorch|tensorrt [--tp N]
 
-WINDOWS.json: `{"windows": [{"tokens": [ids], "counted": [positions]}]}`; the loss at position i is that of token i after
-those before it. RESULT.json: `{"windows": [{"nll": sum in nats, "count": positions}], "version": TensorRT-LLM's}`.
+WINDOWS.json: `{"windows": [{"tokens": [ids], "counted": [positions]}]}`; the loss at position i is that of token i
+after those before it. RESULT.json: `{"windows": [{"nll": sum in nats, "count": positions}], "version": TensorRT-LLM's}`.
 
 API: TensorRT-LLM 1.2, `LLM`, `SamplingParams(return_context_logits)`, `KvCacheConfig(enable_block_reuse)`.
 """
@@ -34,7 +34,7 @@ def main():
     measured = []
     for number, window in enumerate(windows):
         measured.append(measure(llm, sampling, window, vocabulary))
-        print("window %d of %d" % (number + 1, len(windows)), file=sys.stderr, flush=True)
+        print(f"window {number + 1} of {len(windows)}", file=sys.stderr, flush=True)
     llm.shutdown()
     temporary = options.result + ".tmp"
     with open(temporary, "w", encoding="utf-8") as file:
@@ -98,7 +98,7 @@ def measure(llm, sampling, window, vocabulary):
     logits = llm.generate([{"prompt_token_ids": tokens}], sampling)[0].context_logits
     if logits is None or logits.ndim != 2 or logits.shape[0] != len(tokens) or logits.shape[1] < vocabulary:
         shape = None if logits is None else tuple(logits.shape)
-        sys.exit("found logits of shape %s; (%d, at least %d) is needed" % (shape, len(tokens), vocabulary))
+        sys.exit(f"found logits of shape {shape}; ({len(tokens)}, at least {vocabulary}) is needed")
     total = 0.0
     for start in range(0, len(counted), ROWS):
         positions = torch.tensor(counted[start : start + ROWS], device=logits.device)
@@ -106,7 +106,7 @@ def measure(llm, sampling, window, vocabulary):
         targets = torch.tensor(tokens, device=logits.device)[positions]
         total -= torch.log_softmax(rows, -1).gather(1, targets[:, None]).sum().item()
     if not math.isfinite(total):
-        sys.exit("found a loss of %r; the model's logits are not finite" % total)
+        sys.exit(f"found a loss of {total!r}; the model's logits are not finite")
     return {"nll": total, "count": len(counted)}
 
 

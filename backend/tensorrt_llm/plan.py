@@ -1,34 +1,39 @@
 """What is run in TensorRT-LLM for one result, as a list of steps whose paths are those of this machine.
 
-An engine is built for at least what the measurement needs: a batch of `concurrency` requests, prompts of
-`prompt_tokens`. Its perplexity needs the logits of every prompt token, which only an engine made for that returns and
+An engine, or a server, is made for at least what the measurement needs: a batch of `concurrency` requests, prompts of
+`prompt_tokens`. Perplexity needs the logits of every prompt token, which only an engine made for that returns and
 which would slow the measured one down; so it has a second engine.
-
-Source of the data set's format: tensorrt_llm/bench/utils/data.py (`task_id`, `input_ids`, `output_tokens`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from backend.errors import ConfigError, DataError
+from backend.errors import ConfigError
 from backend.tensorrt_llm.command import Value
 from backend.tensorrt_llm.flags import BUILD, SERVE, THROUGHPUT
 from backend.tensorrt_llm.methods import ENGINE, MODES, PYTORCH
 
 BUILD_STAGE, BENCH_STAGE, PERPLEXITY_STAGE = "trtllm_build", "trtllm_bench", "trtllm_perplexity"
 BASELINE, QUANTIZED = "baseline", "quantized"
-DATASET = "bench_dataset.jsonl"
+PYTHON = "python"
+"""The tool of a step that runs a script with TensorRT-LLM's own Python."""
+DATASET, OPTIONS, SCRIPT, WINDOWS = "bench_dataset.jsonl", "llm_options.yaml", "perplexity_script.py", "windows.json"
+"""Files in a plan's `work`: requests, options of TensorRT-LLM, the script that measures perplexity, and its text."""
 TRT_CHECKPOINT = "tensorrt_llm_checkpoint"
 """Name of the engine's checkpoint inside a published export."""
 SINGLE_REQUESTS = 16
 """Requests of the run that has one at a time; there are fewer if the run at full load has fewer."""
-PERPLEXITY = "perplexity"
+
+INSIDE = {
+    "model": "/model", "trt_checkpoint": "/trt_checkpoint", "checkpoint": "/checkpoint", "engine": "/engine",
+    "work": "/scratch",
+}  # fmt: skip
+"""Folder of a plan -> where a container sees it; a folder inside another one comes first."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class RunPlan:
         trt_checkpoint: Folder of the TensorRT-LLM checkpoint; None if there is none.
         work: Folder for reports and temporary files.
         engine: Folder for the built engine.
+        perplexity: Whether perplexity is measured in TensorRT-LLM.
     """
 
     method: str | None
@@ -78,6 +84,7 @@ class RunPlan:
     trt_checkpoint: Path | None
     work: Path
     engine: Path
+    perplexity: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -96,11 +103,11 @@ class RunPlan:
         Raises:
             ConfigError: If a field is missing, unknown, or no plan can have its value.
         """
-        names = {field.name for field in fields(cls)}
+        names = {one.name for one in fields(cls)}
         if wrong := sorted(names ^ values.keys()):
             raise ConfigError(f"the plan has {sorted(values)}; missing or unknown: {', '.join(wrong)}", key=wrong[0])
-        paths = {k: Path(v) for k, v in values.items() if k in FOLDERS and v is not None}
-        return cls(**{**values, **paths})
+        known: dict[str, Any] = {k: Path(v) if k in INSIDE and v is not None else v for k, v in values.items()}
+        return cls(**known)
 
     @property
     def batch_size(self) -> int:
@@ -133,106 +140,54 @@ class RunPlan:
         return self.work / "engine_logits"
 
 
-FOLDERS = ("model", "checkpoint", "trt_checkpoint", "work", "engine")
-
-
 @dataclass(frozen=True)
 class Step:
     """One program to run.
 
     Attributes:
+        name: Unique in its plan.
         stage: Under which its progress is told.
-        model: `baseline` or `quantized`.
+        which: `baseline` or `quantized`.
         title: For people.
-        tool: Its name in `flags.TABLES`, or `perplexity`.
-        values: Its options; paths are this machine's.
-        report: The file that it writes; None: a folder, or nothing.
+        tool: Its name in `flags.TABLES`, or `PYTHON`.
+        values: Options of a tool; paths are this machine's.
+        args: Arguments of a script.
+        reads: Names of the plan's folders that it reads.
+        writes: Names of the plan's folders that it writes.
+        output: The report that it leaves.
     """
 
+    name: str
     stage: str
-    model: str
+    which: str
     title: str
     tool: str
-    values: Mapping[str, Value]
-    report: Path | None = None
+    values: Mapping[str, Value] = field(default_factory=dict)
+    args: tuple[str | Path, ...] = ()
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ("work",)
+    output: Path | None = None
 
 
-def steps(plan: RunPlan, *, window: int | None = None, baseline: bool = True) -> list[Step]:
-    """Everything to run, in order.
-
-    Args:
-        plan: The result.
-        window: Tokens of the longest window whose perplexity is measured; None: it is not.
-        baseline: Whether to measure the 16-bit model too, if the plan has it as a baseline.
-    """
-    models = [BASELINE] if baseline and plan.has_baseline else []
-    made = [build_step(plan)] if plan.mode == ENGINE else []
-    for model in (*models, QUANTIZED):
-        made += [bench_step(plan, model, single=True), bench_step(plan, model, single=False)]
-    if window is None:
-        return made
-    if plan.mode == ENGINE:
-        made.append(build_step(plan, window=window))
-    return made + [_perplexity_step(plan, model) for model in (*models, QUANTIZED)]
+def steps(plan: RunPlan) -> list[Step]:
+    """Everything to run, in order."""
+    models = (*([BASELINE] if plan.has_baseline else []), QUANTIZED)
+    made = [_build(plan, logits=False)] if plan.mode == ENGINE else []
+    for which in models:
+        made += [_bench(plan, which, single=True), _bench(plan, which, single=False)]
+    if plan.perplexity:
+        made += [_build(plan, logits=True)] if plan.mode == ENGINE else []
+        made += [_perplexity(plan, which) for which in models]
+    return made
 
 
-def build_step(plan: RunPlan, *, window: int | None = None) -> Step:
-    """How the engine is built; with a window, how the one that returns the logits of its prompt is."""
-    # FP8 has its own matrix products; the plugin is for the other types.
-    plugin = None if plan.method == "fp8" else "auto"
-    values: dict[str, Value] = {
-        "--checkpoint_dir": plan.trt_checkpoint,
-        "--output_dir": plan.engine if window is None else plan.logits_engine,
-        "--gemm_plugin": plugin,
-        "--max_batch_size": plan.batch_size if window is None else 1,
-        "--max_input_len": plan.input_len if window is None else window,
-        "--max_seq_len": plan.seq_len if window is None else window + 1,
-        "--max_beam_width": plan.max_beam_width if window is None else 1,
-        "--max_num_tokens": plan.num_tokens if window is None else window + 1,
-        "--max_prompt_embedding_table_size": plan.max_prompt_embedding_table_size if window is None else None,
-        "--workers": plan.tp_size,
-        "--gather_context_logits": window is not None,
-    }
-    title = "building the engine" if window is None else "building the engine that returns logits"
-    return Step(BUILD_STAGE, QUANTIZED, title, BUILD, values)
-
-
-def bench_step(plan: RunPlan, model: str, *, single: bool) -> Step:
-    """How speed is measured: one request at a time, or at full load."""
-    engine = plan.mode == ENGINE and model == QUANTIZED
-    folder = plan.checkpoint if model == QUANTIZED else plan.model
-    name = "single" if single else "load"
-    report = plan.work / f"{model}_{name}.json"
-    values: dict[str, Value] = {
-        "--model": "local",
-        "--model_path": folder,
-        "--workspace": plan.work / "bench",
-        "--backend": plan.mode,
-        "--engine_dir": plan.engine if engine else None,
-        "--dataset": plan.work / DATASET,
-        "--num_requests": min(plan.requests, SINGLE_REQUESTS) if single else plan.requests,
-        "--concurrency": 1 if single else plan.concurrency,
-        # trtllm-bench refuses --max_seq_len beside an engine, which has its own.
-        "--max_seq_len": None if engine else plan.seq_len,
-        "--max_batch_size": None if engine else plan.batch_size,
-        "--max_num_tokens": None if engine else plan.num_tokens,
-        "--tp": None if engine else plan.tp_size,
-        "--kv_cache_free_gpu_mem_fraction": plan.kv_cache_fraction,
-        # Only then does the report tell the time of the first token from that of the others.
-        "--streaming": single,
-        "--report_json": report,
-    }
-    title = f"{model}: {'one request at a time' if single else f'{plan.concurrency} requests at a time'}"
-    return Step(BENCH_STAGE, model, title, THROUGHPUT, values, report)
-
-
-def serve_values(plan: RunPlan, *, host: str, port: int) -> tuple[str, dict[str, Value]]:
-    """The tool and options that serve the result over the OpenAI protocol."""
+def serve_step(plan: RunPlan, port: int) -> Step:
+    """The server of the result: OpenAI's protocol on this machine's loopback."""
     engine = plan.mode == ENGINE
-    return SERVE, {
+    values: dict[str, Value] = {
         "MODEL": plan.engine if engine else plan.checkpoint,
         "--tokenizer": plan.checkpoint if engine else None,
-        "--host": host,
+        "--host": "127.0.0.1",
         "--port": port,
         "--backend": plan.mode,
         "--max_batch_size": plan.batch_size,
@@ -241,47 +196,77 @@ def serve_values(plan: RunPlan, *, host: str, port: int) -> tuple[str, dict[str,
         "--tp_size": plan.tp_size,
         "--kv_cache_free_gpu_memory_fraction": plan.kv_cache_fraction,
     }
+    reads = ("checkpoint", "engine") if engine else ("checkpoint",)
+    return Step("serve", "trtllm_serve", QUANTIZED, "serving the result", SERVE, values, reads=reads)
 
 
-def _perplexity_step(plan: RunPlan, model: str) -> Step:
-    engine = plan.mode == ENGINE and model == QUANTIZED
-    folder = plan.checkpoint if model == QUANTIZED else plan.model
-    report = plan.work / f"{model}_perplexity.json"
+def _build(plan: RunPlan, *, logits: bool) -> Step:
+    """How the engine is built; or the one that returns the logits of its prompts."""
     values: dict[str, Value] = {
-        "model": plan.logits_engine if engine else folder,
-        "tokenizer": folder,
-        "backend": plan.mode,
-        "tp_size": plan.tp_size,
-        "kv_cache_fraction": plan.kv_cache_fraction,
+        "--checkpoint_dir": plan.trt_checkpoint,
+        "--output_dir": plan.logits_engine if logits else plan.engine,
+        # FP8 has matrix products of its own; the plugin is for the other types.
+        "--gemm_plugin": None if plan.method == "fp8" else "auto",
+        "--max_batch_size": 1 if logits else plan.batch_size,
+        "--max_input_len": plan.input_len,
+        "--max_seq_len": plan.seq_len,
+        "--max_beam_width": 1 if logits else plan.max_beam_width,
+        "--max_num_tokens": plan.input_len if logits else plan.num_tokens,
+        "--max_prompt_embedding_table_size": None if logits else plan.max_prompt_embedding_table_size or None,
+        "--workers": plan.tp_size,
+        "--gather_context_logits": logits,
     }
-    return Step(PERPLEXITY_STAGE, model, f"{model}: perplexity", PERPLEXITY, values, report)
+    title = "building the engine that returns logits" if logits else "building the engine"
+    return Step(
+        "build_logits" if logits else "build", BUILD_STAGE, QUANTIZED, title, BUILD, values, reads=("trt_checkpoint",),
+        writes=("work",) if logits else ("engine", "work"),
+    )  # fmt: skip
 
 
-def dataset_lines(rows: Sequence[Sequence[int]], prompt_tokens: int, new_tokens: int, requests: int) -> Iterator[str]:
-    """The data set of `trtllm-bench`: prompts of exactly so many tokens, each another piece of the text.
+def _source(plan: RunPlan, which: str) -> tuple[str, Path]:
+    """Name and place of the folder that a model and its tokenizer lie in."""
+    return ("model", plan.model) if which == BASELINE else ("checkpoint", plan.checkpoint)
 
-    Args:
-        rows: Token ids of the text; rows are joined in their order.
-        prompt_tokens: Per request.
-        new_tokens: Per request; `trtllm-bench` generates exactly that many, whatever the model says.
-        requests: How many. Where the text is too short for that, pieces overlap; none is the same as another.
 
-    Yields:
-        One JSON object per request, without its line break.
+def _bench(plan: RunPlan, which: str, *, single: bool) -> Step:
+    """How speed is measured: one request at a time, or at full load."""
+    engine = plan.mode == ENGINE
+    (source, folder), name = _source(plan, which), f"{which}_{'single' if single else 'load'}"
+    output = plan.work / f"{name}.json"
+    values: dict[str, Value] = {
+        "--model": "local",
+        "--model_path": folder,
+        "--workspace": plan.work / "bench",
+        "--backend": plan.mode,
+        "--engine_dir": plan.engine if engine else None,
+        "--extra_llm_api_options": plan.work / OPTIONS,
+        "--dataset": plan.work / DATASET,
+        "--num_requests": min(plan.requests, SINGLE_REQUESTS) if single else plan.requests,
+        "--concurrency": 1 if single else plan.concurrency,
+        # trtllm-bench refuses --max_seq_len beside an engine, which has its own sizes.
+        "--max_seq_len": None if engine else plan.seq_len,
+        "--max_batch_size": None if engine else plan.batch_size,
+        "--max_num_tokens": None if engine else plan.num_tokens,
+        "--tp": None if engine else plan.tp_size,
+        "--kv_cache_free_gpu_mem_fraction": plan.kv_cache_fraction,
+        # Only then does the report tell the time of the first token from that of the others.
+        "--streaming": True,
+        "--report_json": output,
+    }
+    title = f"{which}: {'one request' if single else f'{plan.concurrency} requests'} at a time"
+    reads = (source, "engine") if engine else (source,)
+    return Step(name, BENCH_STAGE, which, title, THROUGHPUT, values, reads=reads, output=output)
 
-    Raises:
-        DataError: If the text has too few tokens for so many different prompts.
-    """
-    tokens = [int(token) for row in rows for token in row]
-    starts = len(tokens) - prompt_tokens
-    if starts < requests - 1 or starts < 0:
-        raise DataError(
-            f"the text has {len(tokens)} tokens; {requests} different prompts of {prompt_tokens} need at least "
-            f"{prompt_tokens + requests - 1}: take a longer text, fewer requests or shorter prompts"
-        )
-    step = min(prompt_tokens, starts // max(1, requests - 1))  # 0 only for a single request
-    for number in range(requests):
-        begin = number * step
-        yield json.dumps(
-            {"task_id": number, "input_ids": tokens[begin : begin + prompt_tokens], "output_tokens": new_tokens}
-        )
+
+def _perplexity(plan: RunPlan, which: str) -> Step:
+    """How perplexity is measured, on the prompts' logits."""
+    engine = plan.mode == ENGINE
+    (source, folder), name = _source(plan, which), f"{which}_perplexity"
+    output = plan.work / f"{name}.json"
+    args = (
+        plan.work / SCRIPT, plan.work / WINDOWS, output, "--model", plan.logits_engine if engine else folder,
+        "--backend", plan.mode, "--tp", str(plan.tp_size), "--kv-cache-fraction", str(plan.kv_cache_fraction),
+    )  # fmt: skip
+    return Step(
+        name, PERPLEXITY_STAGE, which, f"{which}: perplexity", PYTHON, args=args, reads=(source,), output=output
+    )
