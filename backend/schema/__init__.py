@@ -17,6 +17,7 @@ from backend.schema.job import DEMO, AlgorithmSettings, JobConfig
 from backend.schema.llmcompressor import LLMCompressorSettings
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings, TaskSettings
 from backend.schema.native import NativeSettings, OverrideSettings
+from backend.schema.tensorrtllm import TensorRTLLMSettings
 
 __all__ = [
     "ALGORITHMS",
@@ -39,6 +40,7 @@ __all__ = [
     "NativeSettings",
     "OverrideSettings",
     "TaskSettings",
+    "TensorRTLLMSettings",
     "describe",
     "new_document",
     "parse_yaml",

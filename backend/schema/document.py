@@ -52,6 +52,9 @@ _CODE_SWITCHES = re.compile(r"(TRUST|ALLOW)_REMOTE_CODE|CONFIRM_RUN_UNSAFE_CODE|
 _WITHOUT_EFFECT = re.compile(r"llm\.AQLM\.(calibration|conversion|finetune)_config\.trust_remote_code")
 """Such keys that the AQLM guide's file has; they are taken and change nothing."""
 
+_PLACEHOLDER = re.compile(r"^([ \t]+)(\.\.\.other params[ \t]*\r?)$", re.MULTILINE)
+"""A line of the TensorRT-LLM guide that stands for keys it does not show; it is no YAML and is read as a comment."""
+
 SECTIONS: dict[str, type[BaseModel]] = {
     "CALIBRATION": CalibrationSettings,
     "EVALUATION": EvaluationSettings,
@@ -223,6 +226,8 @@ class Document:
         aqlm = _at(values, ("llm", "AQLM")) if values.get("ALGORITHM") == "AQLM" else {}
         if "," in str(values.get("CUDA_ID", "")):
             used = "tuning uses them all, everything else the first" if aqlm else "a job uses the first"
+            if values.get("ALGORITHM") == "TensorRTLLM":
+                used = "TensorRT-LLM runs on them all, everything else on the first"
             rows.append(f"CUDA_ID: several GPUs are listed; {used}")
         trusting = [name for name in aqlm if _at(aqlm, (name,)).get("trust_remote_code") is True]
         if trusting and values.get("TRUST_REMOTE_CODE") is not True:
@@ -338,7 +343,7 @@ def parse_yaml(text: str) -> Document:
         raise ConfigError(f"the file has {size} bytes; a job file has at most {MAX_BYTES}")
     if text.count("\n") > MAX_LINES:
         raise ConfigError(f"the file has {text.count(chr(10))} lines; a job file has at most {MAX_LINES}")
-    content = text.removeprefix("\ufeff")
+    content = _PLACEHOLDER.sub(r"\1# \2", text.removeprefix("\ufeff"))
     try:
         _check_shape(content)
         tree = _yaml().load(content)

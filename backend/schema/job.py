@@ -21,17 +21,21 @@ from backend.schema.fields import drop_empty, setting
 from backend.schema.llmcompressor import LLMCompressorSettings
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings
 from backend.schema.native import NativeSettings
+from backend.schema.tensorrtllm import TensorRTLLMSettings
 from backend.schema.texts import check_columns, check_format, column_names
 
 DEMO = "quantdeck/demo"
+GUIDE_ROOT = "/user_data"
+"""Where the TensorRT-LLM guide's container has the user's folder: that of the home, here."""
 JOB_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
-AlgorithmSettings = AutoAWQSettings | NativeSettings | LLMCompressorSettings | AQLMSettings
+AlgorithmSettings = AutoAWQSettings | NativeSettings | LLMCompressorSettings | AQLMSettings | TensorRTLLMSettings
 ALGORITHMS: dict[str, type[AlgorithmSettings]] = {
     "AutoAWQ": AutoAWQSettings,
     "Native": NativeSettings,
     "LLMCompressor": LLMCompressorSettings,
     "AQLM": AQLMSettings,
+    "TensorRTLLM": TensorRTLLMSettings,
 }
 
 
@@ -44,6 +48,7 @@ class AlgorithmSections(BaseModel):
     Native: NativeSettings | None = None
     LLMCompressor: LLMCompressorSettings | None = None
     AQLM: AQLMSettings | None = None
+    TensorRTLLM: TensorRTLLMSettings | None = None
 
 
 class JobConfig(BaseModel):
@@ -93,11 +98,11 @@ class JobConfig(BaseModel):
         "0", label="GPU", section="Job",
         help="Number of the GPU to use, or several with commas. Without a GPU the job runs on the CPU and says so.",
     )  # fmt: skip
-    ALGORITHM: Literal["AutoAWQ", "Native", "LLMCompressor", "AQLM"] = setting(
+    ALGORITHM: Literal["AutoAWQ", "Native", "LLMCompressor", "AQLM", "TensorRTLLM"] = setting(
         label="Algorithm", section="Algorithm",
         help="AutoAWQ is the guide's 4-bit AWQ. Native is Quantdeck's own core: RTN, AWQ, GPTQ or AWQ+GPTQ at 2 to 8 "
         "bits. LLMCompressor runs the recipes of the llm-compressor package. AQLM is the guide's 2-bit quantization "
-        "by codebooks, with tuning afterwards.",
+        "by codebooks, with tuning afterwards. TensorRTLLM quantizes for NVIDIA's TensorRT-LLM, and runs in it.",
     )  # fmt: skip
     JOB_SERVICE: Literal["Kompress"] = setting(
         "Kompress", label="Service", section="Job", advanced=True,
@@ -175,6 +180,8 @@ class JobConfig(BaseModel):
     @field_validator("USER_FOLDER", "CACHE_PATH", "LOGGING_PATH")
     @classmethod
     def _inside_home(cls, value: str | None) -> str | None:
+        if value is not None and PurePosixPath(value).parts[:2] == PurePosixPath(GUIDE_ROOT).parts:
+            value = value.lstrip("/")
         if value is not None and (PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts):
             raise ValueError("write a folder inside the home folder, without a leading '/' and without '..'")
         return value
