@@ -46,13 +46,13 @@ def _layout(figure: go.Figure, heading: str, y_title: str, height: int) -> go.Fi
 
 
 def layer_errors(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -> go.Figure:
-    """Output error of each decoder layer: every configuration, and (dashed) what it is to be compared with.
+    """Error of each decoder layer: every configuration, and (dashed) what it is to be compared with.
 
     That is plain rounding to nearest, or the layer before its finetuning.
 
     Args:
         rows: `layer`, `error`, `rtn_error`, `before_error` (relative, 0 to 1; None where the engine does not know it),
-            and `configuration` if there are several, in the order of the layers.
+            `unit` (of what), and `configuration` if there are several, in the order of the layers.
         labels: Names of the configurations for people.
     """
     figure = go.Figure()
@@ -72,7 +72,8 @@ def layer_errors(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -
         if any(row.get("before_error") not in (None, row["error"]) for row in own):
             _layer_line(figure, own, "before_error", "Before block finetuning", RTN, "dash")
         _layer_line(figure, own, "error", label, color, "solid")
-    _layout(figure, "Output error by layer", "relative error (%)", 340 + 12 * len(groups))
+    what = "Weight" if any("weight" in str(row.get("unit")) for row in rows) else "Output"
+    _layout(figure, f"{what} error by layer", "relative error (%)", 340 + 12 * len(groups))
     if len(groups) > 1:
         figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}, margin={"b": 110})
         figure.update_layout(height=440 + 16 * len(groups))

@@ -93,7 +93,7 @@ def add_downloads(app: FastAPI, home: Home) -> None:
             return PlainTextResponse(error.message, status_code=404)
         return Response(text + "\n", media_type=TABLES[kind], headers=attachment(f"{job.job_id}.{kind}"))
 
-    @app.get("/download/{uid}/{name}/{file}")
+    @app.get("/download/{uid}/{name}/{file:path}")
     def model_file(uid: str, name: str, file: str) -> Response:
         """One file of a quantized model; only what its manifest lists is handed out."""
         job = _job(home, uid)
@@ -102,8 +102,9 @@ def add_downloads(app: FastAPI, home: Home) -> None:
         listed = ((entry or {}).get("manifest") or {}).get("files") or {}
         if entry is None or file not in listed or not entry.get("artefact"):
             return _missing()
-        descriptor = open_inside(home.root, Path(str(entry["artefact"])), file)
-        return _missing() if descriptor is None else OpenFile(descriptor, file)
+        *below, last = file.split("/")
+        descriptor = open_inside(home.root, Path(str(entry["artefact"])).joinpath(*below), last)
+        return _missing() if descriptor is None else OpenFile(descriptor, last)
 
 
 def _job(home: Home, uid: str) -> Job | None:

@@ -283,6 +283,8 @@ def _told(job: Job) -> str:
         kept = f" The quantized model was saved before and stays in {job.artefact}." if single else ""
         hint = advice(job.outcome) if job.outcome else ""
         return notice("error", "This job failed", reason + kept + (f"\n{hint}" if hint else ""))
+    if job.state == "succeeded" and job.reason:
+        return notice("info", "Finished as far as this machine can", job.reason)
     if job.state == "queued":
         return notice("info", "This job waits", job.reason or "It starts as soon as what it needs is free.")
     if job.state == "starting":

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from backend.jobs.publish import read_manifest
 from ui.format import size
 from ui.layout import card, esc, link
 
 Entry = Mapping[str, Any]
 VLLM_BITS = (4, 8)
+SCRIPT = "run_tensorrt_llm.sh"
 MAX_NAMES = 6
 
 
@@ -63,9 +65,10 @@ def download_path(uid: str, entry: Entry, file: str) -> str:
 
 
 def files_of(folder: Path) -> list[tuple[str, int]]:
-    """Name and bytes of every file of an artefact; empty if it was removed."""
+    """Name, with its folder below the artefact, and bytes of every file of an artefact; empty if it was removed."""
+    listed = (read_manifest(folder) or {}).get("files") or {}
     try:
-        return sorted((f.name, f.stat().st_size) for f in folder.iterdir() if f.is_file())
+        return sorted((name, (folder / name).stat().st_size) for name in listed if (folder / name).is_file())
     except (OSError, ValueError):
         return []
 
@@ -97,6 +100,12 @@ def _serving(folder: Path) -> str:
             "Elsewhere: <code>AutoModelForCausalLM.from_pretrained</code> of transformers with the aqlm package "
             "(<code>pip install aqlm[gpu]</code> or <code>aqlm[cpu]</code>; on a CPU in float32 and with "
             "<code>NUMBA_NUM_THREADS=1</code>)."
+        )
+    elif stated.get("quant_method") == "modelopt":
+        text = (
+            f"With TensorRT-LLM and a GPU: <code>sh {esc(folder / SCRIPT)}</code> does the rest of the job, or "
+            f"<code>{esc(f'trtllm-serve {folder}')}</code>. Not with transformers alone: it takes the codes for "
+            "weights, without a word, and answers nonsense."
         )
     elif bits <= set(VLLM_BITS):
         text = f"On a machine with vLLM and a GPU: <code>{esc(f'vllm serve {folder}')}</code>"

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from backend.engines.aqlm_plan import aqlm_requests
+from backend.engines.modelopt_plan import modelopt_requests
 from backend.engines.registry import NATIVE, engine_name
 from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.recipe import PER_CHANNEL, Override, Recipe, Scheme
@@ -24,6 +25,7 @@ from backend.schema import (
     LLMCompressorSettings,
     NativeSettings,
     OverrideSettings,
+    TensorRTLLMSettings,
 )
 from backend.schema.fields import each
 
@@ -39,8 +41,8 @@ class Configuration:
         label: For people, e.g. `GPTQ 4 bit, groups of 128`.
         engine: Name of the engine that makes it.
         request: What the engine's program is asked for, as JSON values. Native: `name`, `label`, `recipe`, `layout`,
-            `dtype`; AQLM: as `backend.engines.aqlm_plan`; the others: `name`, `label` and the section of the file as
-            `settings`.
+            `dtype`; AQLM and modelopt: as `backend.engines.aqlm_plan` and `modelopt_plan` tell; the others: `name`,
+            `label` and the section of the file as `settings`.
         folder: Where its model is published, below the job's folder; None: there itself if it is the only one, else
             in a folder of its name.
     """
@@ -122,11 +124,16 @@ def _of_aqlm(settings: AQLMSettings, engine: str, device: str) -> list[Configura
     ]
 
 
+def _of_tensorrtllm(settings: TensorRTLLMSettings, engine: str, device: str) -> list[Configuration]:
+    return [Configuration(one["name"], one["label"], engine, one) for one in modelopt_requests(settings)]
+
+
 _PLANS: dict[type, Callable[[Any, str, str], list[Configuration]]] = {
     NativeSettings: _of_native,
     LLMCompressorSettings: _of_llmcompressor,
     AutoAWQSettings: _of_autoawq,
     AQLMSettings: _of_aqlm,
+    TensorRTLLMSettings: _of_tensorrtllm,
 }
 """From an algorithm's settings, its engine and its device to the results."""
 

@@ -89,12 +89,24 @@ ENGINES = (
         about="The original AutoAWQ package, in an environment of its own; takes CPU hours for what native does in "
         "minutes.",
     ),
+    Engine(
+        name="modelopt",
+        algorithms=("TensorRTLLM",),
+        module="backend.engines.modelopt_quantize",
+        requires=("torch", "transformers", "safetensors", "modelopt", "requests"),
+        environment=None,
+        about="The nvidia-modelopt package, which quantizes for TensorRT-LLM; holds the whole model in memory.",
+    ),
 )
 
 
+OF_ALGORITHM = {"TensorRTLLM": "modelopt"}
+"""Algorithms with one engine, and not the core: their sections have no ENGINE."""
+
+
 def engine_name(config: JobConfig) -> str:
-    """The engine that a job file asks for: ENGINE of its algorithm's section, which Native does not have."""
-    return getattr(config.algorithm_settings, "ENGINE", NATIVE)
+    """The engine that a job file asks for: ENGINE of its algorithm's section, or the only one that there is."""
+    return getattr(config.algorithm_settings, "ENGINE", OF_ALGORITHM.get(config.ALGORITHM, NATIVE))
 
 
 def engine_for(job: JobConfig | tuple[str, str]) -> Engine:

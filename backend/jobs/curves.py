@@ -11,14 +11,14 @@ def layers(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         `configuration` (its name, empty if there is only one), `layer`, `error`, `rtn_error`, `before_error` (relative
-        output errors: of the result, of plain rounding, before finetuning) and `notes`, in the order of the first
-        attempt.
+        errors: of the result, of plain rounding, before finetuning), `unit` (of what: outputs, or weights) and `notes`,
+        in the order of the first attempt.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for event in events:
         if event.get("stage") == "quantize" and event.get("error") is not None and event.get("layer"):
             name, layer = str(event.get("configuration") or ""), str(event["layer"])
-            errors = {key: event.get(key) for key in ("error", "rtn_error", "before_error")}
+            errors = {key: event.get(key) for key in ("error", "rtn_error", "before_error", "unit")}
             found[name, layer] = {"configuration": name, "layer": layer, **errors, "notes": event.get("notes") or []}
     return list(found.values())
 

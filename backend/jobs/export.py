@@ -22,6 +22,7 @@ from backend.schema import (
     Document,
     JobConfig,
     LLMCompressorSettings,
+    TensorRTLLMSettings,
     describe,
     parse_yaml,
     sections,
@@ -31,6 +32,7 @@ from backend.schema.fields import each
 TARGETS = ("yaml", "nyuntam", "llmcompressor", "command")
 OWN_AWQ_KEYS = ("ENGINE", "FORMAT")
 OWN_KEYS = ("TRUST_REMOTE_CODE", "PRIORITY", "MAX_ATTEMPTS", "TIME_LIMIT_HOURS")
+ORIGINAL_METHODS = ("int4_awq", "fp8", "smoothquant", "int8")
 HEAD = "lm_head"
 
 Modifiers = dict[str, dict[str, Any]]
@@ -121,7 +123,34 @@ def _nyuntam_aqlm(document: Document, config: JobConfig) -> None:
     document.remove(("llm", "AQLM", "FINETUNE_DATA"))
 
 
-_NYUNTAM: dict[str, Callable[[Document, JobConfig], None]] = {"AutoAWQ": _nyuntam_awq, "AQLM": _nyuntam_aqlm}
+def _nyuntam_tensorrt(document: Document, config: JobConfig) -> None:
+    """Its TensorRTLLM makes one result per file, of four methods, and takes the calibration's size from its section."""
+    settings = config.algorithm_settings
+    assert isinstance(settings, TensorRTLLMSettings)
+    section = ("llm", "TensorRTLLM")
+    methods = each(settings.quant_method)
+    if len(methods) > 1 or methods[0] not in ORIGINAL_METHODS:
+        raise ConfigError(
+            f"found {', '.join(methods)}; the original system makes one result per file: set it to one of "
+            f"{', '.join(ORIGINAL_METHODS)}",
+            key="llm.TensorRTLLM.quant_method",
+            value=settings.quant_method,
+        )
+    if isinstance(settings.quant_method, tuple):
+        document.set((*section, "quant_method"), methods[0])
+    for key, name in (("SAMPLES", "calib_size"), ("SEQUENCE_LENGTH", "max_seq_length")):
+        if key in config.CALIBRATION.model_fields_set:
+            document.set((*section, name), getattr(config.CALIBRATION, key))
+    for spec in describe(TensorRTLLMSettings):
+        if spec.key.isupper():
+            document.remove((*section, spec.key))
+
+
+_NYUNTAM: dict[str, Callable[[Document, JobConfig], None]] = {
+    "AutoAWQ": _nyuntam_awq,
+    "AQLM": _nyuntam_aqlm,
+    "TensorRTLLM": _nyuntam_tensorrt,
+}
 
 
 def _modifiers(config: JobConfig) -> Modifiers:
@@ -129,8 +158,9 @@ def _modifiers(config: JobConfig) -> Modifiers:
     settings = config.algorithm_settings
     if isinstance(settings, LLMCompressorSettings):
         return _llmcompressor_modifiers(settings)
-    if isinstance(settings, AQLMSettings):
-        raise ConfigError("found 'AQLM', which llm-compressor does not have", key="ALGORITHM", value="AQLM")
+    if isinstance(settings, (AQLMSettings, TensorRTLLMSettings)):
+        name = config.ALGORITHM
+        raise ConfigError(f"found {name!r}, which llm-compressor does not have", key="ALGORITHM", value=name)
     planned = configurations(config)
     if len(planned) > 1:
         raise ConfigError(

@@ -28,6 +28,7 @@ from backend.jobs.stage import Stage
 CONFIG_FILE = "quantdeck.yaml"
 PACKAGES = (
     "torch", "transformers", "llmcompressor", "compressed-tensors", "lm_eval", "datasets", "safetensors", "aqlm",
+    "nvidia-modelopt",
 )  # fmt: skip
 
 log = logging.getLogger("quantdeck.runner")
@@ -143,10 +144,10 @@ def publish_model(run: Run, making: Making) -> None:
         "name": configuration.name, "label": configuration.label, "artefact": str(target),
         "bytes": weight_bytes(target), "manifest": manifest, "layers": told["layers"], "skipped": told["skipped"],
         "notes": told.get("notes", []), "rows": [], "table": "", "reason": None,
-        **{key: value for key, value in told.items() if key == "tuning"},
+        **{key: value for key, value in told.items() if key in ("tuning", "check")},
     }  # fmt: skip
     run.result.setdefault("results", []).append(entry)
-    if configuration == run.configurations[0]:
+    if len(run.result["results"]) == 1:
         run.result.update(
             {key: entry[key] for key in ("artefact", "manifest", "layers", "skipped", "notes")},
             model_dir=inputs["model_dir"], device=facts["device"], versions=facts["versions"],

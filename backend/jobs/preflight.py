@@ -32,6 +32,7 @@ from backend.sources.places import check_outputs
 from backend.sources.plan import calibration_source, evaluation_source, evaluation_tasks
 from backend.sources.quick_check import QuickFacts, kept_linears, kept_note, quick_check
 from backend.sources.texts import check_rows
+from backend.tensorrt_llm.fit import check_fit
 
 ROOM = 2.2
 """Disk space that a result needs while it is made, in its own sizes: once as it grows, once as finished shards."""
@@ -205,11 +206,16 @@ def _check_core_or_package(
         raise ConfigErrors(problems)
 
 
+def _check_tensorrt(facts: QuickFacts, config: JobConfig, planned: Sequence[Configuration], notes: list[str]) -> None:
+    check_fit(facts, config)
+
+
 MODEL_CHECKS: dict[str, Callable[[QuickFacts, JobConfig, Sequence[Configuration], list[str]], None]] = {
     "AutoAWQ": _check_core_or_package,
     "Native": _check_core_or_package,
     "LLMCompressor": _check_core_or_package,
     "AQLM": check_aqlm,
+    "TensorRTLLM": _check_tensorrt,
 }
 """What an algorithm asks of the model."""
 

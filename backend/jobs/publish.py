@@ -35,14 +35,16 @@ def publish(staging: Path, target: Path, facts: dict[str, Any]) -> dict[str, Any
         JobError: If the target already exists.
         DiskFullError: If the manifest does not fit on the disk; the target does not exist then.
     """
-    files = sorted(p for p in staging.iterdir() if p.is_file() and p.name != MANIFEST)
-    manifest = {**facts, "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files}}
+    files = sorted(p for p in staging.rglob("*") if p.is_file() and p != staging / MANIFEST)
+    listed = {p.relative_to(staging).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files}
+    manifest = {**facts, "files": listed}
     text = json.dumps(manifest, indent=2) + "\n"
     failpoint("publish.begin")
     try:
         (staging / MANIFEST).write_text(text, encoding="utf-8")
         failpoint("publish.manifest")
-        for path in (*files, staging / MANIFEST, staging):
+        folders = sorted({folder for path in files for folder in path.parents if folder.is_relative_to(staging)})
+        for path in (*files, staging / MANIFEST, *reversed(folders)):
             sync_path(path)
         failpoint("publish.synced")
         _make_folders(target.parent)

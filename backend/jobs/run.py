@@ -81,7 +81,7 @@ class Run:
 
     def entry(self, configuration: Configuration) -> dict[str, Any] | None:
         """The published configuration's part of the result; None if there is none of it."""
-        return next((entry for entry in self.result["results"] if entry["name"] == configuration.name), None)
+        return next((entry for entry in self.result.get("results", []) if entry["name"] == configuration.name), None)
 
     # -- results of stages, by the name of their file
 

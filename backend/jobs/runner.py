@@ -127,7 +127,7 @@ class Runner:
                 self._finish("failed", _failures(run), run, next(iter(run.outcomes.values())))
             else:
                 self._clean_up(run)
-                self._finish("succeeded", None, run)
+                self._finish("succeeded", run.result.get("incomplete"), run)
 
     def _begin(self) -> bool:
         """Take the job over; False if it is not there to be run any more."""
@@ -351,8 +351,10 @@ def _duration(seconds: float) -> str:
 def _failures(run: Run) -> str:
     """Which configurations were not made or measured, and why."""
     told = "; ".join(f"{name}: {reason}" for name, reason in run.failures.items())
-    every, lost = len(run.configurations), [c.name for c in run.configurations if run.entry(c) is None]
+    made = {entry["name"] for entry in run.result.get("results", [])}
+    every, lost = len(run.configurations), [c.name for c in run.configurations if c.name not in made]
     kept = f"All models but {', '.join(lost)} are saved" if lost else "All models are saved"
+    kept = kept if made else "No model is saved"
     return (
         f"{len(run.failures)} of {every} configurations could not be {'made' if lost else 'measured'}. {told}. {kept} "
         "and the others' results are kept; resuming does what is missing"

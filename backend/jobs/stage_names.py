@@ -47,6 +47,14 @@ _BY_ALGORITHM: dict[str, tuple[ShownStage, ...]] = {
         ShownStage("Check and save the tuned model", (f"convert.{TUNED}", f"publish.{TUNED}")),
         *_MEASURE,
     ),
+    "TensorRTLLM": (
+        _GET,
+        ShownStage("Quantize with nvidia-modelopt, export, read back", ("quantize", "calibrate", "save")),
+        ShownStage("Save the model", ("publish",)),
+        *(stage for stage in _MEASURE if stage.names not in (("benchmark",), ("report",))),
+        ShownStage("Build and run in TensorRT-LLM", ("trtllm", "trtllm_build", "trtllm_bench", "trtllm_perplexity")),
+        _MEASURE[-1],
+    ),
 }
 _ALONE = ("convert", "publish")
 """Of a job that makes one model, what its stages are called without the configuration's name."""

@@ -21,7 +21,7 @@ from backend.evaluate.report import build_rows, format_table
 from backend.files import write_json
 from backend.formats.bits import StoredBits, measured_bits
 from backend.formats.size import weight_bytes
-from backend.jobs import aqlm_stages, measure, one_program
+from backend.jobs import aqlm_stages, measure, one_program, trtllm_stages
 from backend.jobs.program import Command
 from backend.jobs.run import Run
 from backend.jobs.stage import Stage
@@ -36,6 +36,7 @@ MAKERS: dict[str, Callable[[Run], list[Stage]]] = {
     "Native": one_program.stages,
     "LLMCompressor": one_program.stages,
     "AQLM": aqlm_stages.stages,
+    "TensorRTLLM": trtllm_stages.stages,
 }
 """The stages in which an algorithm's models are made and saved."""
 
@@ -114,6 +115,8 @@ def _inputs_are_intact(run: Run) -> bool:
 
 def _report(run: Run) -> None:
     """Rows and table of every configuration, from what was measured of it; the first one's are the job's own."""
+    if not run.result.get("results"):
+        return  # nothing could be made
     baseline_bytes = weight_bytes(run.result["model_dir"])
     nothing: dict[str, Any] = {"metrics": []}
     for configuration in run.configurations:

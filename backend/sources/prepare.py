@@ -23,7 +23,7 @@ from backend.formats.config import read_config_json
 from backend.formats.headers import has_only_pickles
 from backend.formats.remote_code import remote_code_allowed
 from backend.paths import Home
-from backend.schema import AQLMSettings, JobConfig, parse_yaml
+from backend.schema import AQLMSettings, JobConfig, TensorRTLLMSettings, parse_yaml
 from backend.settings import Settings
 from backend.sources.calibration import token_sequences
 from backend.sources.messages import row_encoder
@@ -31,6 +31,7 @@ from backend.sources.models import resolve_model
 from backend.sources.pickles import DOWNLOADED, convert
 from backend.sources.places import check_outputs
 from backend.sources.plan import calibration_source, evaluation_source, tuning_source
+from backend.sources.quick_check import quick_check
 from backend.sources.texts import read_calibration_rows, read_rows
 from backend.sources.tuning import check_block_type, held_out, tuning_sequences
 
@@ -220,6 +221,10 @@ def _check_model(model_dir: Path, config: JobConfig, device: str) -> None:
             check_additive(model_dir, scheme)
         if config.ALGORITHM == "LLMCompressor" and configuration.engine != "native":
             check_llm(model_dir, configuration.request["settings"])
+    if isinstance(config.algorithm_settings, TensorRTLLMSettings):
+        from backend.tensorrt_llm.fit import check_fit
+
+        check_fit(quick_check(model_dir, remote_code=remote_code_allowed()), config)
     if isinstance(config.algorithm_settings, AQLMSettings) and config.algorithm_settings.tunes:
         check_block_type(model_dir, config.algorithm_settings.finetune_config.block_type)
 

@@ -22,7 +22,7 @@ SMALL = {
     "calibration_config-nsamples": "16", "calibration_config-model_seqlen": "128", "calibration_config-val_size": "4",
     "calibration_config-finetune_max_epochs": "1", "calibration_config-finetune_batch_size": "4",
     "finetune_config-max_epochs": "2", "finetune_config-batch_size": "4", "finetune_config-microbatch_size": "4",
-    "finetune_config-model_seqlen": "128",
+    "finetune_config-model_seqlen": "128", "FINETUNE_DATA-SAMPLES": "96", "FINETUNE_DATA-VAL_SAMPLES": "16",
 }  # fmt: skip
 
 
