@@ -12,6 +12,7 @@ from backend.formats.modelopt_layout import NVFP4_BLOCK
 FP8, INT8, NVFP4 = "fp8", "int8", "nvfp4"
 """Types that inputs are rounded to."""
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
+LARGEST = {FP8: E4M3_MAX, INT8: 127.0}
 SMALLEST_SCALE = 2.0**-9
 """The smallest positive number of FP8 E4M3."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -102,11 +103,12 @@ def round_inputs(x: Tensor, scale: Tensor, rounding: str) -> Tensor:
         scale: float32 scalar: what 1 in that type stands for (NVFP4: what 1 stands for where a block's scale is 1).
         rounding: `fp8` (E4M3), `int8`, or `nvfp4` (E2M1 with an E4M3 scale for each 16 inputs, found on the way).
     """
+    if rounding in LARGEST:
+        inverse = LARGEST[rounding] / (scale * LARGEST[rounding])  # modelopt's arithmetic: near ties it rounds alike
+        scaled = x.float() * inverse
+        rounded = to_e4m3(scaled) if rounding == FP8 else scaled.round().clamp(-128, 127)
+        return (rounded / inverse).to(x.dtype)
     scaled = x.float() / scale
-    if rounding == FP8:
-        return (to_e4m3(scaled) * scale).to(x.dtype)
-    if rounding == INT8:
-        return (scaled.round().clamp(-128, 127) * scale).to(x.dtype)
     blocks = scaled.unflatten(-1, (-1, NVFP4_BLOCK))
     steps = (blocks.abs().amax(-1, keepdim=True) / E2M1_MAX).clamp(SMALLEST_SCALE, E4M3_MAX)
     steps = to_e4m3(steps)
