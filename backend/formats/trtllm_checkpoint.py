@@ -44,8 +44,8 @@ class Rope:
 
     @property
     def scaling_dict(self) -> dict[str, Any] | None:
-        """As `rope_scaling` was written: with the kind by its old and its new name; None without scaling."""
-        return None if self.kind == "default" else {"type": self.kind, "rope_type": self.kind, **self.scaling}
+        """As transformers 4 had it in `rope_scaling`; None without scaling."""
+        return None if self.kind == "default" else {"rope_type": self.kind, **self.scaling}
 
 
 def rope_of(config: Mapping[str, Any]) -> Rope | None:
@@ -115,7 +115,8 @@ def complete_config(checkpoint_config: Mapping[str, Any], model_config: Mapping[
             "export the checkpoint again."
         )
     completed.update(wanted)
-    completed["rotary_scaling"] = rope.scaling_dict
+    scaling = rope.scaling_dict
+    completed["rotary_scaling"] = scaling and {"type": rope.kind, **scaling}  # the older name of the kind comes first
     return completed
 
 
