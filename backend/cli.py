@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from backend import commands_jobs, commands_machine
+from backend import commands_jobs, commands_machine, commands_served
 from backend.engines import environments
 from backend.errors import ConfigError, QuantdeckError
 from backend.jobs import export
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_jobs(add)
     _add_machine(add)
+    _add_served(add)
     return parser
 
 
@@ -113,6 +114,21 @@ def _add_machine(add: Callable[[str, Handler, str], argparse.ArgumentParser]) ->
     evaluate.add_argument("--split", default="test")
     evaluate.add_argument("--tasks", default="", help="lm-eval tasks as name:shots[:limit], separated by commas")
     evaluate.add_argument("--json", action="store_true")
+
+
+def _add_served(add: Callable[[str, Handler, str], argparse.ArgumentParser]) -> None:
+    served = add("served", commands_served.served, "measure a model behind an OpenAI-compatible server")
+    served.add_argument("url", metavar="URL", help="base URL, one of [served] urls in quantdeck.toml")
+    served.add_argument("--model", default="", help="its id there (default: the only one)")
+    for name, default, help in (
+        ("requests", 7, "repetitions that count"),
+        ("warmup", 2, "repetitions that are thrown away"),
+        ("concurrency", 8, "requests at once, after one alone; 1: only alone"),
+        ("prompt-tokens", 128, "about so many tokens per prompt"),
+        ("new-tokens", 64, "tokens to make per request"),
+    ):
+        served.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{help} (default: {default})")
+    served.add_argument("--json", action="store_true")
 
 
 def _count(text: str) -> int:

@@ -40,6 +40,7 @@ def loaded_by(statement):
     [
         "backend.schema, backend.cli, backend.jobs.control, backend.jobs.runner, backend.sources.models",
         "backend.chat.client, backend.evaluate.report, backend.evaluate.cache, backend.formats.size",
+        "backend.commands_served, backend.served.client, backend.served.known, backend.served.measure",
         "backend.formats.layouts, backend.quantize.recipe, backend.engines.configurations, backend.jobs.preflight",
     ],
 )

@@ -26,6 +26,7 @@ def test_without_a_file_everything_has_its_default(tmp_path: Path) -> None:
     assert settings.models.allow_pickle is False
     assert settings.models.allow_remote_code is False
     assert settings.web.origins == ()
+    assert settings.served.urls == ("http://127.0.0.1:8000",)
 
 
 def test_every_setting_is_read(tmp_path: Path) -> None:
@@ -45,6 +46,8 @@ allow_remote_code = true
 origins = ["https://Quant.example.org", "http://10.0.0.5:8080"]
 session_hours = 1
 max_upload_bytes = 1000
+[served]
+urls = ["http://127.0.0.1:8001/v1", "https://gpu.example.org/", "https://gpu.example.org"]
 """
     settings = load(tmp_path, text)
     assert settings.jobs.cpu_slots == 3
@@ -54,6 +57,7 @@ max_upload_bytes = 1000
     assert settings.models.allow_remote_code is True
     assert settings.web.origins == ("https://quant.example.org", "http://10.0.0.5:8080")
     assert settings.web.session_hours == 1.0
+    assert settings.served.urls == ("http://127.0.0.1:8001", "https://gpu.example.org")
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -90,6 +94,8 @@ def test_settings_cannot_be_changed() -> None:
         ('[web]\norigins = ["https://me@quant.example.org"]', "web.origins", "scheme://host"),
         ('[web]\norigins = ["*"]', "web.origins", "scheme://host"),
         ('[web]\norigins = ["https://a:99999"]', "web.origins", "scheme://host"),
+        ('[served]\nurls = ["gpu:8000"]', "served.urls", "http://host:port"),
+        ('[served]\nurls = ["http://me:secret@gpu:8000"]', "served.urls", "without a user, password"),
         ("[web]\nsession_hours = 0", "web.session_hours", "more than 0"),
         ("[web]\nsession_hours = inf", "web.session_hours", "finite"),
     ],
