@@ -108,7 +108,7 @@ class DockerExecutor:
         port = step.values.get("--port") if step.tool == SERVE else None
         # several devices need quotes of their own: docker reads the value as a line of CSV
         chosen = f'"device={",".join(self.gpus)}"' if len(self.gpus) > 1 else f"device={self.gpus[0]}"
-        volumes = [volume(str(getattr(plan, n)), n, writable) for n, writable in mounts(plan, step).items()]
+        volumes = [volume(str(getattr(plan, n)), n, writable) for n, writable in mounts(step).items()]
         return docker_run(
             container_command(plan, step, self.version), volumes, self.image, docker=self.docker, name=name,
             gpus=chosen, user=f"{os.getuid()}:{os.getgid()}", port=port if isinstance(port, int) else None,
@@ -143,12 +143,12 @@ def inside(plan: RunPlan, path: Path) -> Path:
     """
     for name, place in INSIDE.items():
         folder = getattr(plan, name)
-        if path.is_relative_to(folder):
+        if folder is not None and path.is_relative_to(folder):
             return Path(place) / path.relative_to(folder)
     raise ValueError(f"{path} lies in none of the folders of the plan")
 
 
-def mounts(plan: RunPlan, step: Step) -> dict[str, bool]:
+def mounts(step: Step) -> dict[str, bool]:
     """Names of the plan's folders that a step's container sees, and whether it may write there."""
     return {name: name in step.writes for name in (*step.reads, *step.writes)}
 

@@ -71,9 +71,9 @@ def _window(window: Mapping[str, Any], number: int, plan: RunPlan) -> dict[str, 
     tokens, counted = [int(t) for t in window["tokens"]], [int(p) for p in window["counted"]]
     if not counted or min(counted) < 1 or max(counted) >= len(tokens):
         raise DataError(f"window {number} has {len(tokens)} tokens; counted positions are 1 to {len(tokens) - 1}")
-    if len(tokens) > plan.max_input_len:
+    if len(tokens) > plan.input_len:
         raise DataError(
-            f"window {number} has {len(tokens)} tokens, more than max_input_len {plan.max_input_len}; raise that, or "
+            f"window {number} has {len(tokens)} tokens, and a prompt at most {plan.input_len}; raise max_input_len, or "
             "measure shorter windows"
         )
     return {"tokens": tokens, "counted": counted}

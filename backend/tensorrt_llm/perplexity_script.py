@@ -4,10 +4,11 @@ A program of its own, copied to where TensorRT-LLM is and run by the Python ther
 was tested against a stand-in of TensorRT-LLM's API, and has not run on a GPU. Reuse of the KV cache is off: with it,
 TensorRT-LLM returns logits only for the tokens that it really computes, fewer than the prompt has.
 
-    python3 perplexity_script.py WINDOWS.json RESULT.json --model FOLDER --backend pytorch|tensorrt [--tp N]
+    python3 perplexity.py WINDOWS.json RESULT.json --model FOLDER --backend pytorch|tensorrt [--tp N]
 
 WINDOWS.json: `{"windows": [{"tokens": [ids], "counted": [positions]}]}`; the loss at position i is that of token i
-after those before it. RESULT.json: `{"windows": [{"nll": sum in nats, "count": positions}], "version": TensorRT-LLM's}`.
+after those before it.
+RESULT.json: `{"windows": [{"nll": sum in nats, "count": positions}], "version": TensorRT-LLM's}`.
 
 API: TensorRT-LLM 1.2, `LLM`, `SamplingParams(return_context_logits)`, `KvCacheConfig(enable_block_reuse)`.
 """
@@ -106,7 +107,7 @@ def measure(llm, sampling, window, vocabulary):
         targets = torch.tensor(tokens, device=logits.device)[positions]
         total -= torch.log_softmax(rows, -1).gather(1, targets[:, None]).sum().item()
     if not math.isfinite(total):
-        sys.exit(f"found a loss of {total!r}; the model's logits are not finite")
+        sys.exit(f"found a loss of {total}; the model's logits are not finite")
     return {"nll": total, "count": len(counted)}
 
 

@@ -239,8 +239,8 @@ def _bench(plan: RunPlan, which: str, *, single: bool) -> Step:
         "--workspace": plan.work / "bench",
         "--backend": plan.mode,
         "--engine_dir": plan.engine if engine else None,
-        "--extra_llm_api_options": plan.work / OPTIONS,
         "--dataset": plan.work / DATASET,
+        "--extra_llm_api_options": plan.work / OPTIONS,
         "--num_requests": min(plan.requests, SINGLE_REQUESTS) if single else plan.requests,
         "--concurrency": 1 if single else plan.concurrency,
         # trtllm-bench refuses --max_seq_len beside an engine, which has its own sizes.

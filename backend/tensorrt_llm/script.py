@@ -10,6 +10,8 @@ from backend.tensorrt_llm.executors import container_command, docker_run, mounts
 from backend.tensorrt_llm.methods import ENGINE, IMAGE
 from backend.tensorrt_llm.plan import BASELINE, RunPlan, Step, serve_step, steps
 
+PORT = 8000
+
 
 class Fragment(str):
     """Text that stands in a script as it is: it holds a variable of the shell, and is quoted already."""
@@ -18,8 +20,9 @@ class Fragment(str):
 def shell_script(plan: RunPlan, folder: Path, image: str = IMAGE) -> str:
     """A POSIX sh script with the exact docker commands of a plan.
 
-    `sh NAME` builds the engine, if the plan has one, and measures; `sh NAME serve` serves the result on 127.0.0.1:8000.
-    All folders are relative to the script's own; what is not in it, usually the 16-bit model, is named by a variable.
+    `sh NAME` builds the engine, if the plan has one, and measures; `sh NAME serve` serves the result on 127.0.0.1:8000
+    once that is done. All folders are relative to the script's own; the 16-bit model, if it is not in there, is named
+    by the variable MODEL, and is not measured without it.
 
     Args:
         plan: The plan; `work` holds the files of `inputs.write_inputs`.
@@ -28,39 +31,33 @@ def shell_script(plan: RunPlan, folder: Path, image: str = IMAGE) -> str:
 
     Returns:
         The script.
+
+    Raises:
+        ValueError: If a folder that is needed lies outside.
     """
-    every = steps(plan)
-    needed = [step for step in every if step.which != BASELINE]
-    baseline = [step for step in every if step.which == BASELINE]
-    outside = _outside(plan, folder, "model")
+    baseline = [_docker(plan, step, folder, image) for step in steps(plan) if step.which == BASELINE]
+    quantized = [_docker(plan, step, folder, image) for step in steps(plan) if step.which != BASELINE]
+    made = ["work", *(["engine"] if plan.mode == ENGINE else [])]
     lines = [
         "#!/bin/sh",
         "# Runs this result in TensorRT-LLM. Needs an NVIDIA GPU, docker and the NVIDIA Container Toolkit.",
-        f"# The image is fetched by: {shlex.join(['docker', 'pull', image])}",
         "set -e",
         'cd "$(dirname "$0")"',
-        f"command -v docker >/dev/null || {{ echo {shlex.quote('docker is not installed')} >&2; exit 1; }}",
-        f"docker image inspect {shlex.quote(image)} >/dev/null 2>&1 || docker pull {shlex.quote(image)}",
-        f"mkdir -p {' '.join(shlex.quote(_relative(plan, folder, name)) for name in _made(plan))}",
+        f"docker image inspect {shlex.quote(image)} >/dev/null || docker pull {shlex.quote(image)}",
+        f"mkdir -p {join(_relative(plan, folder, name) for name in made)}",
+        'if [ "${1:-}" = serve ]; then',
+        f"  exec {_docker(plan, serve_step(plan, PORT), folder, image, PORT)}",
+        "fi",
     ]
-    if outside and (plan.mode == ENGINE or baseline):
-        lines.append("# MODEL: folder of the 16-bit model that this result was made from")
-    if outside and plan.mode == ENGINE:
-        lines.append(': "${MODEL:?set MODEL to the absolute folder of the 16-bit model}"')
-    lines += ['if [ "${1:-}" = serve ]; then', f"  exec {_docker(plan, serve_step(plan, 8000), folder, image)}", "fi"]
-    if baseline and outside:
-        body = [f"  {_docker(plan, step, folder, image)}" for step in baseline]
+    if baseline and _outside(plan, folder, "model"):
         lines += [
-            'if [ -n "${MODEL:-}" ]; then', *body, "else",
-            f"  echo {shlex.quote('MODEL is not set: the 16-bit model is not measured')} >&2", "fi",
+            "# MODEL: absolute folder of the 16-bit model that this result was made from",
+            'if [ -n "${MODEL:-}" ]; then', *(f"  {line}" for line in baseline), "else",
+            "  echo 'MODEL is not set: the 16-bit model is not measured' >&2", "fi",
         ]  # fmt: skip
     else:
-        lines += [_docker(plan, step, folder, image) for step in baseline]
-    lines += [_docker(plan, step, folder, image) for step in needed]
-    reports = [shlex.quote(str(step.output.relative_to(plan.work))) for step in every if step.output]
-    where = shlex.quote(_relative(plan, folder, "work"))
-    lines.append(f"ls -l {' '.join(f'{where}/{name}' for name in reports)} 2>/dev/null || true")
-    return "\n".join(lines) + "\n"
+        lines += baseline
+    return "\n".join(lines + quantized) + "\n"
 
 
 def join(argv: Iterable[str]) -> str:
@@ -68,20 +65,17 @@ def join(argv: Iterable[str]) -> str:
     return " ".join(word if isinstance(word, Fragment) else shlex.quote(word) for word in argv)
 
 
-def _docker(plan: RunPlan, step: Step, folder: Path, image: str) -> str:
-    volumes = [_volume(plan, folder, name, writable) for name, writable in mounts(plan, step).items()]
-    return join(
-        docker_run(
-            container_command(plan, step), volumes, image, gpus="all" if plan.tp_size == 1 else str(plan.tp_size),
-            user=Fragment('"$(id -u):$(id -g)"'), port=8000 if step.name == "serve" else None,
-        )
-    )  # fmt: skip
+def _docker(plan: RunPlan, step: Step, folder: Path, image: str, port: int | None = None) -> str:
+    volumes = [_volume(plan, folder, name, writable) for name, writable in mounts(step).items()]
+    gpus = "all" if plan.tp_size == 1 else str(plan.tp_size)
+    user = Fragment('"$(id -u):$(id -g)"')
+    return join(docker_run(container_command(plan, step), volumes, image, gpus=gpus, user=user, port=port))
 
 
 def _volume(plan: RunPlan, folder: Path, name: str, writable: bool) -> Fragment:
     """`-v`'s value: docker takes absolute folders, and where they are is known only there."""
-    if _outside(plan, folder, name):
-        return Fragment(volume(f'"${{{name.upper()}}}"', name, writable))
+    if name == "model" and _outside(plan, folder, name):
+        return Fragment(volume('"$MODEL"', name, writable))
     return Fragment('"$PWD"/' + shlex.quote(volume(_relative(plan, folder, name), name, writable)))
 
 
@@ -96,7 +90,3 @@ def _relative(plan: RunPlan, folder: Path, name: str) -> str:
         ValueError: If it is elsewhere.
     """
     return str(getattr(plan, name).relative_to(folder))
-
-
-def _made(plan: RunPlan) -> list[str]:
-    return ["work", *(["engine"] if plan.mode == ENGINE else [])]
