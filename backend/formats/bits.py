@@ -6,7 +6,7 @@ them. Biases do not, nor what says how to read the codes. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from backend.errors import CheckpointError, ConfigError
 from backend.formats.headers import DTYPE_BYTES, TensorInfo, read_headers
-from backend.formats.layouts import AQLM, FLOATING, PACK, Stored, linear_tensors, refusal
-from backend.formats.modelopt_layout import ModeloptScheme
+from backend.formats.layouts import AQLM, DTYPES, FLOATING, PACK, Stored, linear_tensors, refusal
+from backend.formats.modelopt_layout import ModeloptScheme, folded
 from backend.formats.size import LAYER, is_layer_linear, is_quantized_linear
 from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.recipe import Recipe, Scheme
@@ -115,27 +115,29 @@ def predicted_bits(
 
 
 def predicted_modelopt_bits(
-    shapes: Mapping[str, tuple[int, int]],
+    headers: Iterable[TensorInfo],
     scheme: ModeloptScheme,
     *,
     keep: tuple[str, ...] = ("lm_head",),
-    dtype: str = "F16",
+    dtype: str = "float16",
 ) -> float:
     """As `predicted_bits`, for what modelopt exports; factors of inputs that are stored beside a weight count too.
 
     Args:
-        shapes: Linears of the decoder layers -> (out, in).
-        scheme: Of all of them.
+        headers: `read_headers` of the 16-bit model.
+        scheme: Of all Linears of the decoder layers.
         keep: Linears whose name contains one of these stay in 16 bits.
-        dtype: safetensors' name of the 16-bit type.
+        dtype: The 16-bit type.
 
     Raises:
         ConfigError: If nothing would be quantized.
     """
-    made = {name: shape for name, shape in shapes.items() if is_quantized_linear(f"{name}.weight", shape, keep)}
+    shapes = {tensor.name: tensor.shape for tensor in headers}
+    inner, factors = folded(shapes), DTYPES[dtype]
+    made = {n.removesuffix(".weight"): shape for n, shape in shapes.items() if is_quantized_linear(n, shape, keep)}
     if not made:
-        raise ConfigError(f"none of the {len(shapes)} Linears would be quantized; there are no bits to count")
-    nbytes = sum(_nbytes(stored) for name, shape in made.items() for stored in scheme.tensors(name, shape, dtype))
+        raise ConfigError(f"none of the {len(shapes)} tensors would be quantized; there are no bits to count")
+    nbytes = sum(_nbytes(stored) for name in made for stored in scheme.tensors(name, made[name], factors, inner))
     return 8 * nbytes / sum(map(prod, made.values()))
 
 

@@ -20,7 +20,7 @@ from backend.formats.layouts import (
     scale_dtype,
     stored_dtype,
 )
-from backend.formats.modelopt_layout import ModeloptScheme
+from backend.formats.modelopt_layout import ModeloptScheme, folded
 from backend.quantize.aqlm.scheme import AdditiveScheme
 from backend.quantize.recipe import Recipe, Scheme
 
@@ -126,10 +126,12 @@ def predicted_modelopt_size(
     """
     check_layout(AUTOAWQ_GEMM, dtype)
     stored: list[Stored] = []
-    for tensor in drop_tied_head(headers, config):
+    tensors = drop_tied_head(headers, config)
+    inner = folded([tensor.name for tensor in tensors])
+    for tensor in tensors:
         kind = stored_dtype(tensor.dtype, dtype)
         if is_quantized_linear(tensor.name, tensor.shape, keep):
-            stored += scheme.tensors(tensor.name.removesuffix(".weight"), tensor.shape, kind)
+            stored += scheme.tensors(tensor.name.removesuffix(".weight"), tensor.shape, kind, inner)
         else:
             stored.append((tensor.name, kind, tensor.shape))
     return library_size(stored)

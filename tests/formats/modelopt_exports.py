@@ -10,10 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Exaone4Config,
+    LlamaConfig,
+    NemotronConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from backend.tensorrt_llm.methods import METHODS
-from tests.quantize.models import VOCABULARY, config
+from tests.quantize.models import VOCABULARY
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
@@ -21,8 +28,21 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
+    "num_hidden_layers": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "exaone4": Exaone4Config,
+    "nemotron": NemotronConfig,
 }
 DECODERS = {"llama": "llama", "qwen2": "qwen"}
+"""Architectures that modelopt also writes TensorRT-LLM's own checkpoints for."""
 
 
 @dataclass
@@ -31,7 +51,7 @@ class Export:
 
     Attributes:
         folder: The Hugging Face export.
-        checkpoint: The TensorRT-LLM checkpoint.
+        checkpoint: The TensorRT-LLM checkpoint, of `DECODERS` only.
         logits: Of the quantized model in memory, after modelopt made Linears that run as one share their scales.
         before: Of the 16-bit model.
         weights: What modelopt quantized: weights of the Linears with the smoothing factors in them, float64.
@@ -63,7 +83,7 @@ def _make_export(root: Path, method: str, kind: str, **changes: Any) -> Export:
     from modelopt.torch.export.unified_export_hf import requantize_resmooth_fused_llm_layers
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(kind, **(SIZES | changes)), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](**(SIZES | changes)), dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -78,10 +98,11 @@ def _make_export(root: Path, method: str, kind: str, **changes: Any) -> Export:
     if METHODS[method].grouped:
         wanted["algorithm"] = {"method": "awq_lite", "alpha_step": 0.5}
     mtq.quantize(model, wanted, forward_loop=lambda m: m(tokens))
-    export_tensorrt_llm_checkpoint(
-        copy.deepcopy(model), decoder_type=DECODERS[kind], dtype=torch.float16, export_dir=root / "trt",
-        inference_tensor_parallel=1, inference_pipeline_parallel=1,
-    )  # fmt: skip
+    if kind in DECODERS:
+        export_tensorrt_llm_checkpoint(
+            copy.deepcopy(model), decoder_type=DECODERS[kind], dtype=torch.float16, export_dir=root / "trt",
+            inference_tensor_parallel=1, inference_pipeline_parallel=1,
+        )  # fmt: skip
     requantize_resmooth_fused_llm_layers(model)
     weights = {
         name: module.weight.detach().double()

@@ -21,18 +21,22 @@ from backend.formats.decode_path import decode_path
 from backend.formats.headers import read_headers
 from backend.formats.loader import load_model
 from backend.formats.modelopt_layout import ModeloptScheme
-from backend.formats.size import is_layer_linear, predicted_modelopt_size, weight_bytes
+from backend.formats.size import predicted_modelopt_size, weight_bytes
 from backend.tensorrt_llm.methods import METHODS
 from tests.formats.modelopt_exports import Export, ids, make_export
 
 ON_CPU = [name for name, method in METHODS.items() if not method.needs_cuda]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "exaone4, norms behind": ("exaone4", {}),
+    "nemotron, no gate": ("nemotron", {}),
     "llama": ("llama", {}),
     "tied qwen2 with biases": ("qwen2", {"tie_word_embeddings": True}),
 }
 CASES = [("llama", method) for method in ON_CPU] + [
     ("tied qwen2 with biases", "int4_awq"),
     ("tied qwen2 with biases", "smoothquant"),
+    ("exaone4, norms behind", "int4_awq"),
+    ("nemotron, no gate", "int4_awq"),
 ]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -167,8 +171,7 @@ def test_size_and_bits_are_known_before(
     config = json.loads((made.source / "config.json").read_text())
     scheme = ModeloptScheme(METHODS[method].quant_algo)
     assert predicted_modelopt_size(headers, config, scheme, dtype=dtype) == weight_bytes(tmp_path)
-    shapes = {t.name.removesuffix(".weight"): t.shape for t in headers if is_layer_linear(t.name, t.shape)}
-    assert measured_bits(tmp_path).quantized == predicted_modelopt_bits(shapes, scheme)
+    assert measured_bits(tmp_path).quantized == predicted_modelopt_bits(headers, scheme, dtype=dtype)
 
 
 def copy_of(made: Export, folder: Path) -> Path:
