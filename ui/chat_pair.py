@@ -1,4 +1,7 @@
-"""The two models of the chat page: one baseline and one quantized process, shared by every open tab.
+"""The two models of the chat page, shared by every open tab.
+
+They are a job's baseline and one of its quantized models, each in a process of its own. On either side, or on both, a
+served model can answer instead.
 
 A dashboard holds at most one pair, since two pairs would compete for the same memory. It is freed on unload,
 after some time without use, when another job's pair is loaded, and when the dashboard ends (the processes end
@@ -8,12 +11,14 @@ with their parent).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from backend.chat.answering import ChatModel
 from backend.chat.client import ModelProcess
+from backend.chat.interface import ChatModel, Messages
 from backend.chat.side_by_side import side_by_side
 from backend.errors import JobError, QuantdeckError
 from backend.jobs.devices import torch_device
@@ -21,15 +26,20 @@ from backend.jobs.results import result_named, results_of
 from backend.jobs.store import Job, JobStore
 from backend.jobs.trust import code_modules
 from backend.paths import Home
+from backend.served.address import allowed_url
+from backend.served.client import ServedModel
+from backend.settings import Settings
 
 IDLE_S = 900.0
 SIDES = ("baseline", "quantized")
 
 Messages = Sequence[Mapping[str, str]]
+Served = Mapping[str, str]
+"""Which side is a served model, and which one: its base URL, a space and its id, see `served_value`."""
 
 
 class ChatPair:
-    """Loads, uses and frees the two processes. All methods may be called from any thread.
+    """Loads, uses and frees the two models. All methods may be called from any thread.
 
     Args:
         home: Where the jobs are.
@@ -39,24 +49,40 @@ class ChatPair:
     def __init__(self, home: Home, idle_s: float = IDLE_S) -> None:
         self.home = home
         self.idle_s = idle_s
-        self._models: dict[str, ModelProcess] = {}
+        self._models: dict[str, ChatModel] = {}
         self._key = ""
+        self._served: dict[str, str] = {}
         self._in_use = threading.Lock()  # held while loading and while answering
         self._timer: threading.Timer | None = None
 
     @property
     def key(self) -> str:
-        """Job and configuration whose models are loaded (see `pair_key`); empty if there is none."""
+        """Which models are loaded (see `chat_key`); empty if there are none."""
+        return self._key if self.loaded else ""
+
+    @property
+    def loaded(self) -> bool:
+        """Whether both sides can be asked."""
         models = list(self._models.values())
-        return self._key if len(models) == len(SIDES) and all(m.alive for m in models) else ""
+        return len(models) == len(SIDES) and all(model.alive for model in models)
+
+    @property
+    def served(self) -> dict[str, str]:
+        """The sides that are served models."""
+        return dict(self._served)
+
+    def holds(self, key: str, served: Served | None = None) -> bool:
+        """Whether exactly these models are loaded."""
+        served = dict(served or {})
+        return self.loaded and self._served == served and self._key == _needed(key, served)
 
     def info(self, side: str) -> dict[str, Any]:
-        """What the process of a side said when it was ready; empty if it is not loaded."""
+        """What the model of a side said when it was ready; empty if it is not loaded."""
         model = self._models.get(side)
         return dict(model.info) if model else {}
 
     def memory(self, side: str) -> int | None:
-        """Peak bytes of a side's process above its idle state; None if it cannot tell now."""
+        """Peak bytes of a side's process above its idle state; None if it cannot tell now, or is on a server."""
         model = self._models.get(side)
         if model is None or not model.alive:
             return None
@@ -66,44 +92,42 @@ class ChatPair:
             return None
         return max((int(value) for value in peaks.values() if value is not None), default=None)
 
-    def load(self, key: str) -> Iterator[str]:
-        """Load the baseline and one quantized model of a job, one after the other; yields what it is doing.
+    def load(self, key: str, served: Served | None = None) -> Iterator[str]:
+        """Make both models ready, one after the other; yields what it is doing.
 
         Args:
-            key: Job and configuration, see `pair_key`.
+            key: Which ones, see `chat_key`.
 
         Raises:
             JobError: If there is no such job or configuration, it has no artefact, or the models are in use.
-            ConfigError: If the models run code of their own, and the operator no longer allows it.
-            EngineError: If a model cannot be loaded.
+            ConfigError: If a model runs code of its own, or is on a server, and the operator does not allow that.
+            EngineError: If a model cannot be loaded, or its server does not answer.
         """
-        uid, _, name = key.partition("/")
-        job = JobStore(self.home).get(uid)
-        folders = dict(zip(SIDES, (baseline_dir(job), quantized_dir(job, name)), strict=True))
-        modules = code_modules(self.home, job)
+        models = dict(zip(SIDES, self._both(key), strict=True))
         with self._use():
             if self.key != key:
                 self._close()
                 self._key = key
                 try:
-                    for side, folder in folders.items():
+                    for side, model in models.items():
                         yield f"Loading the {side} model"
-                        model = ModelProcess(folder, torch_device(job.device), code_modules=modules)
                         self._models[side] = model
                         model.start()
                 except BaseException:
                     self._close()
                     raise
 
-    def answer(self, key: str, baseline: Messages, quantized: Messages, **sampling: Any) -> Iterator[tuple[Any, Any]]:
+    def answer(
+        self, key: str, baseline: Messages, quantized: Messages, *, served: Served | None = None, **sampling: Any
+    ) -> Iterator[tuple[Any, Any]]:
         """Answer with both models at once; see `backend.chat.side_by_side`.
 
         Raises:
             JobError: If other models are loaded by now, or they are in use.
         """
         with self._use():
-            if self.key != key:
-                raise JobError("the models of this job are not loaded any more; load them again")
+            if not self.holds(key, served):
+                raise JobError("these models are not loaded any more; load them again")
             yield from side_by_side(
                 self._models["baseline"], self._models["quantized"], baseline, quantized, **sampling
             )
@@ -119,8 +143,24 @@ class ChatPair:
             self._timer.cancel()
         self._close()
 
+    def _both(self, key: str) -> tuple[ChatModel, ChatModel]:
+        """The models that a key names, neither started yet."""
+        quantized, _, baseline = key.partition("\n")
+        if not baseline and quantized.startswith(SERVED):
+            raise QuantdeckError("A served model comes without its baseline; choose one for the other side, too.")
+        return self._model("baseline", baseline or quantized), self._model("quantized", quantized)
+
+    def _model(self, side: str, key: str) -> ChatModel:
+        if key.startswith(SERVED):
+            url, _, model = key.removeprefix(SERVED).partition(" ")
+            return ServedModel(allowed_url(url, Settings.load(self.home).served.urls), model)
+        uid, _, name = key.partition("/")
+        job = JobStore(self.home).get(uid)
+        folder = baseline_dir(job) if side == "baseline" else quantized_dir(job, name)
+        return ModelProcess(folder, torch_device(job.device), code_modules=code_modules(self.home, job))
+
     def _close(self) -> None:
-        models, self._models, self._key = self._models, {}, ""
+        models, self._models, self._key, self._served = self._models, {}, "", {}
         for model in models.values():
             model.close()
 
@@ -145,6 +185,31 @@ class ChatPair:
                 self._close()
             finally:
                 self._in_use.release()
+
+
+def served_value(url: str, model: str = "") -> str:
+    """What names a served model; without an id the only one of its server."""
+    return f"{url} {model}"
+
+
+def _needed(key: str, served: Served) -> str:
+    """The job, or nothing where no side is its."""
+    return key if len(served) < len(SIDES) else ""
+
+
+def chat_key(quantized: str, baseline: str = "") -> str:
+    """What names the two models of a chat.
+
+    Args:
+        quantized: A `pair_key` or a `served_key`.
+        baseline: A job's uid or a `served_key`; empty for the baseline of the quantized model's own job.
+    """
+    return f"{quantized}\n{baseline}" if baseline else quantized
+
+
+def served_key(url: str, model: str) -> str:
+    """What names a model of a server; without a model, the only one that the server has."""
+    return f"{SERVED}{url} {model}"
 
 
 def pair_key(job: Job, name: str = "") -> str:

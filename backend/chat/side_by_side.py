@@ -1,6 +1,6 @@
 """Two answers at once, as one stream.
 
-A page can follow one generator only (two would be served one after the other), so both children are read by
+A page can follow one generator only (two would be served one after the other), so both models are read by
 threads of their own and their newest states are handed out together.
 """
 
@@ -10,18 +10,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from backend.chat.client import ModelProcess, State
+from backend.chat.answering import ChatModel, State
 from backend.errors import QuantdeckError
 
 INTERVAL_S = 0.05
 """At most 20 states per second: a browser cannot use more."""
 
-Messages = Sequence[Mapping[str, str]]
-
 
 def side_by_side(
-    a: ModelProcess,
-    b: ModelProcess,
+    a: ChatModel,
+    b: ChatModel,
     messages_a: Messages,
     messages_b: Messages,
     *,
@@ -43,7 +41,7 @@ def side_by_side(
     changed = threading.Event()
     leaving = threading.Event()
 
-    def follow(side: int, model: ModelProcess, messages: Messages) -> None:
+    def follow(side: int, model: ChatModel, messages: Messages) -> None:
         try:
             answer = model.generate(messages, **sampling)  # type: ignore[arg-type]  # keys are its parameters
             for state in answer:

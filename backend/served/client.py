@@ -8,12 +8,11 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
+from backend.chat.answering import State
 from backend.errors import EngineError
 from backend.served.bridge import Stream
 from backend.served.completion import Piece, chat, models_of, sampling
 from backend.served.transport import BRIEF, Limits, new_client
-
-State = dict[str, Any]
 
 
 def list_models(url: str, limits: Limits = BRIEF) -> tuple[str, ...]:
@@ -52,11 +51,11 @@ class ServedModel:
 
     Args:
         url: Base URL, one that the operator allows.
-        model: Its id there.
+        model: Its id there; empty for the only one.
         limits: Of an answer.
     """
 
-    def __init__(self, url: str, model: str, limits: Limits | None = None) -> None:
+    def __init__(self, url: str, model: str = "", limits: Limits | None = None) -> None:
         self.url, self.model = url, model
         self.info: State = {}
         self._limits = limits or Limits()
@@ -75,7 +74,8 @@ class ServedModel:
             EngineError: If it is not, or does not.
         """
         if not self.info:
-            self.info = {"served": self.url, "model": served_name(self.url, self.model)}
+            self.model = served_name(self.url, self.model)
+            self.info = {"served": self.url, "model": self.model}
         return self.info
 
     def generate(

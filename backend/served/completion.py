@@ -53,7 +53,7 @@ async def models_of(client: httpx.AsyncClient, base: str, limits: Limits) -> tup
     if not isinstance(rows, list):
         raise EngineError(f"{base} is no OpenAI-compatible server: its /v1/models has no list `data`.")
     names = [row.get("id") for row in rows[:MOST_MODELS] if isinstance(row, dict)]
-    good = tuple(name for name in names if isinstance(name, str) and 0 < len(name) <= MOST_NAME)
+    good = tuple(name for name in names if isinstance(name, str) and 0 < len(name) <= MOST_NAME and name.isprintable())
     if not good:
         raise EngineError(f"{base} serves no model.")
     return good

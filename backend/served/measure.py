@@ -154,11 +154,12 @@ async def _timed(
     options = {**sampling(new_tokens), "ignore_eos": True}
     sent = time.perf_counter()
     first = last = 0.0
-    pieces = 0
+    parts = texts = 0
     prompt_count = count = None
     async for piece in complete(client, url, model, prompt, options, limits):
         if piece.begun:
-            first, last, pieces = first or piece.at, piece.at, pieces + bool(piece.text)
+            first, last = first or piece.at, piece.at
+            parts, texts = parts + 1, texts + bool(piece.text)
         prompt_count = piece.prompt_tokens if piece.prompt_tokens is not None else prompt_count
         count = piece.new_tokens if piece.new_tokens is not None else count
     if not prompt_count or count is None:
@@ -166,10 +167,11 @@ async def _timed(
             f"{url} does not say how many tokens it read and made (`usage` with stream_options include_usage), and "
             "they are not guessed here; it cannot be measured."
         )
-    if count < 2 or pieces < 2 or last <= first:
+    # how many tokens the first part holds is not told: with few parts, taking it for one would flatter the speed
+    if count < 2 or texts < 2 or 2 * parts < count or last <= first:
         raise EngineError(
-            f"{url} sent its answer in one piece ({count} tokens); the speed of decoding cannot be told from that. It "
-            "has to stream token by token."
+            f"{url} sent an answer of {count} tokens in {texts} part(s); the speed of decoding cannot be told from that. "
+            "It has to stream token by token."
         )
     return Timing(sent, first, last, prompt_count, count)
 

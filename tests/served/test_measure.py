@@ -55,7 +55,7 @@ def test_alone_only(server: ModelServer) -> None:
     ("fault", "said"),
     [
         ("no usage", "not guessed here"),
-        ("one piece", "in one piece"),
+        ("one piece", r"6 tokens in 1 part"),
         ("dies", "broke off"),
         ("answer status 400", "reason of 400"),
     ],
