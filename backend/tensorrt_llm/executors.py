@@ -27,6 +27,11 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED
 class Executor(Protocol):
     """Where TensorRT-LLM is."""
 
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """UUIDs of the GPUs that its programs use."""
+        ...
+
     def argv(self, plan: RunPlan, step: Step, name: str) -> list[str]:
         """What to start for a step; `name` is unique to the job and names its container."""
         ...
@@ -37,6 +42,10 @@ class Executor(Protocol):
 
     def end(self, name: str) -> None:
         """End what the process of that name may have started outside itself; nothing happens if there is nothing."""
+        ...
+
+    def about(self) -> dict[str, str]:
+        """What it is, for the record."""
         ...
 
 
@@ -86,6 +95,10 @@ class EnvironmentExecutor:
     def end(self, name: str) -> None:
         """Nothing: its processes are ours."""
 
+    def about(self) -> dict[str, str]:
+        """Nothing beyond what the reports say."""
+        return {}
+
 
 @dataclass(frozen=True)
 class DockerExecutor:
@@ -126,6 +139,15 @@ class DockerExecutor:
                     [self.docker, *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL, timeout=DOCKER_WAIT_S, check=False, start_new_session=True,
                 )  # fmt: skip
+
+    def about(self) -> dict[str, str]:
+        """The image and its content's id, since a tag can be moved."""
+        ask = [self.docker, "image", "inspect", "--format", "{{.Id}}", self.image]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(ask, capture_output=True, text=True, timeout=DOCKER_WAIT_S, check=False)
+            if done.returncode == 0:
+                return {"image": self.image, "image_id": done.stdout.strip()}
+        return {"image": self.image}
 
 
 def container_command(plan: RunPlan, step: Step, version: str = LEGACY_VERSION) -> list[str]:
