@@ -40,6 +40,7 @@ def loaded_by(statement):
     [
         "backend.schema, backend.cli, backend.jobs.control, backend.jobs.runner, backend.sources.models",
         "backend.chat.client, backend.evaluate.report, backend.evaluate.cache, backend.formats.size",
+        "backend.formats.trtllm_checkpoint, backend.formats.modelopt_layout, backend.formats.bits",
         "backend.commands_served, backend.served.client, backend.served.known, backend.served.measure",
         "backend.formats.layouts, backend.quantize.recipe, backend.engines.configurations, backend.jobs.preflight",
     ],
@@ -53,7 +54,7 @@ def test_the_dashboard_loads_gradio_alone():
 
 
 def test_the_core_needs_torch_transformers_and_safetensors_alone():
-    blocked = ("pydantic", "datasets", "gradio", "lm_eval", "psutil", "sqlite_utils", "ruamel")
+    blocked = ("pydantic", "datasets", "gradio", "lm_eval", "psutil", "sqlite_utils", "ruamel", "modelopt")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked!r}));"
         "import backend.quantize.pipeline, backend.formats.loader, backend.formats.writer, backend.formats.size"
