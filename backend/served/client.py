@@ -68,14 +68,15 @@ class ServedModel:
         return bool(self.info)
 
     def start(self) -> State:
-        """Ask whether the server is there and serves the model; `{"served": url, "model"}`.
+        """Ask whether the server is there and serves the model; `{"served": url, "model", "decode_path": in words}`.
 
         Raises:
             EngineError: If it is not, or does not.
         """
         if not self.info:
             self.model = served_name(self.url, self.model)
-            self.info = {"served": self.url, "model": self.model}
+            path = f"{self.model} served by {self.url}"
+            self.info = {"served": self.url, "model": self.model, "decode_path": path}
         return self.info
 
     def generate(

@@ -170,8 +170,8 @@ async def _timed(
     # how many tokens the first part holds is not told: with few parts, taking it for one would flatter the speed
     if count < 2 or texts < 2 or 2 * parts < count or last <= first:
         raise EngineError(
-            f"{url} sent an answer of {count} tokens in {texts} part(s); the speed of decoding cannot be told from that. "
-            "It has to stream token by token."
+            f"{url} sent an answer of {count} tokens in {texts} part(s); decoding cannot be timed from that. It has to "
+            "stream token by token."
         )
     return Timing(sent, first, last, prompt_count, count)
 

@@ -148,7 +148,7 @@ class ModelServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.models = [MODEL]
+        self.models: list[Any] = [MODEL]
         self.fault = ""
         self.elsewhere = ""
         self.pause_s = 0.002

@@ -28,7 +28,8 @@ def started(server: ModelServer, limits: Limits | None = None) -> ServedModel:
 
 def test_an_answer_streams_and_its_counts_are_the_servers(server: ModelServer) -> None:
     model = started(server)
-    assert model.alive and model.info == {"served": server.url, "model": MODEL}
+    path = f"{MODEL} served by {server.url}"
+    assert model.alive and model.info == {"served": server.url, "model": MODEL, "decode_path": path}
     *parts, last = model.generate(ASK, max_new_tokens=16, temperature=0.7, top_p=0.9, seed=5)
     texts = [state["text"] for state in parts]
     assert {"four", "four three", "four three two", "four three two one"} <= set(texts)
@@ -161,6 +162,12 @@ def test_which_model_is_meant(server: ModelServer) -> None:
     server.models = ["a", "b"]
     with pytest.raises(EngineError, match="several models and none was named; it has a, b"):
         served_name(server.url, "")
+    model = ServedModel(server.url)
+    with pytest.raises(EngineError, match="none was named"):
+        model.start()
+    server.models = ["bad\x1bname", 5, "b"]
+    model.start()
+    assert model.model == "b"
     server.models = []
     with pytest.raises(EngineError, match="serves no model"):
         served_name(server.url, "")
