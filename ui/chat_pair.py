@@ -1,11 +1,8 @@
-"""The two models of the chat page, shared by every open tab.
+"""The two models of the chat page: a baseline and a quantized one, shared by every open tab.
 
-They are a job's baseline and one of its quantized models, each in a process of its own. On either side, or on both, a
-served model can answer instead.
-
-A dashboard holds at most one pair, since two pairs would compete for the same memory. It is freed on unload,
-after some time without use, when another job's pair is loaded, and when the dashboard ends (the processes end
-with their parent).
+Each is a process of ours, or a model behind a server that the operator allows. A dashboard holds at most one pair,
+since two pairs would compete for the same memory. It is freed on unload, after some time without use, when another
+pair is loaded, and when the dashboard ends (the processes end with their parent).
 """
 
 from __future__ import annotations
@@ -16,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from backend.chat.answering import ChatModel
+from backend.chat.answering import ChatModel, Messages
 from backend.chat.client import ModelProcess
-from backend.chat.interface import ChatModel, Messages
 from backend.chat.side_by_side import side_by_side
 from backend.errors import JobError, QuantdeckError
 from backend.jobs.devices import torch_device
@@ -32,10 +28,7 @@ from backend.settings import Settings
 
 IDLE_S = 900.0
 SIDES = ("baseline", "quantized")
-
-Messages = Sequence[Mapping[str, str]]
-Served = Mapping[str, str]
-"""Which side is a served model, and which one: its base URL, a space and its id, see `served_value`."""
+SERVED = "served:"
 
 
 class ChatPair:
@@ -51,30 +44,14 @@ class ChatPair:
         self.idle_s = idle_s
         self._models: dict[str, ChatModel] = {}
         self._key = ""
-        self._served: dict[str, str] = {}
         self._in_use = threading.Lock()  # held while loading and while answering
         self._timer: threading.Timer | None = None
 
     @property
     def key(self) -> str:
         """Which models are loaded (see `chat_key`); empty if there are none."""
-        return self._key if self.loaded else ""
-
-    @property
-    def loaded(self) -> bool:
-        """Whether both sides can be asked."""
         models = list(self._models.values())
-        return len(models) == len(SIDES) and all(model.alive for model in models)
-
-    @property
-    def served(self) -> dict[str, str]:
-        """The sides that are served models."""
-        return dict(self._served)
-
-    def holds(self, key: str, served: Served | None = None) -> bool:
-        """Whether exactly these models are loaded."""
-        served = dict(served or {})
-        return self.loaded and self._served == served and self._key == _needed(key, served)
+        return self._key if len(models) == len(SIDES) and all(model.alive for model in models) else ""
 
     def info(self, side: str) -> dict[str, Any]:
         """What the model of a side said when it was ready; empty if it is not loaded."""
@@ -92,7 +69,7 @@ class ChatPair:
             return None
         return max((int(value) for value in peaks.values() if value is not None), default=None)
 
-    def load(self, key: str, served: Served | None = None) -> Iterator[str]:
+    def load(self, key: str) -> Iterator[str]:
         """Make both models ready, one after the other; yields what it is doing.
 
         Args:
@@ -117,16 +94,14 @@ class ChatPair:
                     self._close()
                     raise
 
-    def answer(
-        self, key: str, baseline: Messages, quantized: Messages, *, served: Served | None = None, **sampling: Any
-    ) -> Iterator[tuple[Any, Any]]:
+    def answer(self, key: str, baseline: Messages, quantized: Messages, **sampling: Any) -> Iterator[tuple[Any, Any]]:
         """Answer with both models at once; see `backend.chat.side_by_side`.
 
         Raises:
             JobError: If other models are loaded by now, or they are in use.
         """
         with self._use():
-            if not self.holds(key, served):
+            if self.key != key:
                 raise JobError("these models are not loaded any more; load them again")
             yield from side_by_side(
                 self._models["baseline"], self._models["quantized"], baseline, quantized, **sampling
@@ -160,7 +135,7 @@ class ChatPair:
         return ModelProcess(folder, torch_device(job.device), code_modules=code_modules(self.home, job))
 
     def _close(self) -> None:
-        models, self._models, self._key, self._served = self._models, {}, "", {}
+        models, self._models, self._key = self._models, {}, ""
         for model in models.values():
             model.close()
 
@@ -185,16 +160,6 @@ class ChatPair:
                 self._close()
             finally:
                 self._in_use.release()
-
-
-def served_value(url: str, model: str = "") -> str:
-    """What names a served model; without an id the only one of its server."""
-    return f"{url} {model}"
-
-
-def _needed(key: str, served: Served) -> str:
-    """The job, or nothing where no side is its."""
-    return key if len(served) < len(SIDES) else ""
 
 
 def chat_key(quantized: str, baseline: str = "") -> str:

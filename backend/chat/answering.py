@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 State = dict[str, Any]
+Messages = Sequence[Mapping[str, str]]
 
 
 class ChatModel(Protocol):
@@ -26,7 +27,7 @@ class ChatModel(Protocol):
 
     def generate(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Messages,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
-from backend.chat.answering import ChatModel, State
+from backend.chat.answering import ChatModel, Messages, State
 from backend.errors import QuantdeckError
 
 INTERVAL_S = 0.05

@@ -1,5 +1,8 @@
 """Chat, `/chat?job=UID&configuration=NAME`: one message, two answers, from the baseline and from a quantized model.
 
+Either side can be a model behind a server instead (`[served]` of the settings), which is asked what it serves when the
+page is opened.
+
 Both answers come from one generator: the browser would serve two listeners of one click one after the other.
 """
 
@@ -14,29 +17,39 @@ from backend.errors import JobError, QuantdeckError
 from backend.jobs.results import full_name, results_of
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
-from ui.chat_pair import SIDES, ChatPair, pair_key
+from backend.served.known import Found, KnownServers
+from backend.settings import Settings
+from ui.chat_pair import SERVED, SIDES, ChatPair, chat_key, pair_key, served_key
 from ui.format import ago, significant, size
 from ui.layout import empty, esc, link, notice, page, plain, title
 from ui.reading import briefly, find, store_notice
 
 LEAD = (
     "Ask both models the same thing, with the same sampling and random numbers. They answer at the same time and share "
-    "this machine, so each is slower than in the benchmark."
+    "this machine, so each is slower than in the benchmark. Served models draw random numbers of their own."
 )
 LISTED = 200  # newest finished jobs in the list; any job can be asked for by the address
 WORDS = {"baseline": "Baseline", "quantized": "Quantized"}
+OWN_BASELINE = ("The model that was quantized", "")
+
+Choices = list[tuple[str, str]]
 
 
 def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
     """Adds the page to `demo`."""
+    servers = KnownServers()
     with page("chat"):
         gr.HTML(title("Chat", LEAD))
         nothing = gr.HTML(visible=False, elem_id="chat-empty")
         with gr.Column(visible=False) as body:
             with gr.Row(elem_classes=["qd-toolbar"]):
+                base = gr.Dropdown(
+                    [OWN_BASELINE], value="", label="Baseline", elem_id="chat-baseline", scale=4, min_width=260
+                )
                 chosen = gr.Dropdown(label="Quantized model", elem_id="chat-job", scale=5, min_width=320)
                 load = gr.Button("Load both models", variant="primary", elem_id="chat-load", min_width=170)
                 unload = gr.Button("Unload", elem_id="chat-unload", interactive=False, min_width=100)
+            unreachable = gr.HTML(visible=False, elem_id="chat-servers")
             said = gr.HTML(elem_id="chat-said")
             with gr.Row(elem_classes=["qd-split"]):
                 heads, bots = {}, {}
@@ -66,36 +79,58 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
                     top_p = gr.Slider(
                         0.05, 1, 1, step=0.05, label="Top p", info="Draw from the likeliest tokens that sum to this."
                     )
-                    seed = gr.Number(0, precision=0, label="Seed", info="Both models draw the same random numbers.")
+                    seed = gr.Number(0, precision=0, label="Seed", info="Local models draw the same random numbers.")
     history = gr.State([])  # turns: {"user", "baseline", "quantized"}
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-    def on_load(request: gr.Request) -> list[Any]:
+    def offer(request: gr.Request, quantized: str | None, baseline: str | None, note: str) -> list[Any]:
+        """What can be chosen, by what is known of the servers; what is chosen already stays so."""
         job, name = (request.query_params.get(part) or "" for part in ("job", "configuration"))
         try:
             with briefly():
-                choices = models_to_choose(finished(home, job))
+                jobs = finished(home, job)
         except JobError as error:
-            return [gr.HTML(store_notice(error), visible=True), *[gr.skip()] * 5]
-        if not choices:
-            text = "Chat needs a job that has finished: it talks to the model before and after, side by side."
+            return [gr.HTML(store_notice(error), visible=True), *[gr.skip()] * 7]
+        local, served = models_to_choose(jobs), served_to_choose(servers.found)
+        if not local and not any(found.models for found in servers.found):
+            text = (
+                "Chat needs a job that has finished: it talks to the model before and after, side by side. Or a model "
+                "server that answers at an address in [served] of quantdeck.toml."
+            )
             return [
                 gr.HTML(empty("No quantized model yet", text, link("New job", "/new", "primary")), visible=True),
-                *[gr.skip()] * 5,
+                *[gr.skip()] * 7,
             ]
-        known = [key for _, key in choices]
-        wanted = (f"{job}/{name}", job, next((key for key in known if job and key.startswith(f"{job}/")), ""), pair.key)
+        choices, baselines = [*local, *served], [OWN_BASELINE, *baselines_to_choose(jobs), *served]
+        known, known_baselines = ([key for _, key in listed] for listed in (choices, baselines))
+        loaded, _, loaded_baseline = pair.key.partition("\n")
+        of_job = next((key for key in known if job and key.startswith(f"{job}/")), "")
+        wanted = (quantized, f"{job}/{name}", job, of_job, loaded)
         asked = next((key for key in wanted if key in known), known[0])
-        loaded = pair.key == asked
+        if quantized not in known or baseline not in known_baselines:
+            fitting = known_baselines[1] if asked.startswith(SERVED) else ""
+            baseline = loaded_baseline if asked == loaded and loaded_baseline in known_baselines else fitting
+        ready = pair.key == chat_key(asked, baseline)
         return [
-            gr.HTML(visible=False), gr.Column(visible=True), gr.Dropdown(choices=choices, value=asked),
-            gr.Button(interactive=loaded), *(head_html(side, _facts(pair, side) if loaded else "") for side in SIDES),
+            gr.HTML(visible=False), gr.Column(visible=True), gr.Dropdown(choices=baselines, value=baseline),
+            gr.Dropdown(choices=choices, value=asked), gr.HTML(note, visible=bool(note)), gr.Button(interactive=ready),
+            *(head_html(side, _facts(pair, side) if ready else "not loaded") for side in SIDES),
         ]  # fmt: skip
+
+    def on_load(request: gr.Request) -> list[Any]:
+        return offer(request, None, None, servers_html(servers.found))
+
+    def on_servers(baseline: str | None, quantized: str | None, request: gr.Request) -> list[Any]:
+        try:
+            note = servers_html(servers.look(Settings.load(home).served.urls))
+        except QuantdeckError as error:
+            note = notice("error", "No server was asked", error.message)
+        return offer(request, quantized, baseline, note)
 
     def on_choose() -> list[Any]:
         return [[], *([] for _ in SIDES), *(head_html(side) for side in SIDES), ""]
 
-    def loading(key: str | None) -> Iterator[tuple[str, list[str]]]:
+    def loading(key: str) -> Iterator[tuple[str, list[str]]]:
         """Loads the pair; yields what to say and the heads of both panes."""
         if not key:
             raise QuantdeckError("Choose a model first.")
@@ -103,9 +138,9 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
             yield notice("info", words), [head_html(side) for side in SIDES]
         yield "", [head_html(side, _facts(pair, side)) for side in SIDES]
 
-    def on_load_models(key: str | None) -> Iterator[list[Any]]:
+    def on_load_models(baseline: str | None, quantized: str | None) -> Iterator[list[Any]]:
         try:
-            for words, panes in loading(key):
+            for words, panes in loading(chat_key(quantized or "", baseline or "")):
                 yield [words, *panes, gr.Button(interactive=False), gr.skip()]
             yield [
                 notice("good", "Both models are loaded"),
@@ -131,8 +166,11 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
             gr.Button(interactive=False),
         ]
 
-    def on_send(key: str | None, text: str, turns: list[dict[str, str]], *sampling: Any) -> Iterator[list[Any]]:
+    def on_send(
+        baseline: str | None, quantized: str | None, text: str, turns: list[dict[str, str]], *sampling: Any
+    ) -> Iterator[list[Any]]:
         """Yields: history, said, heads, panes, message, send, stop, unload."""
+        key = chat_key(quantized or "", baseline or "")
         text = (text or "").strip()
         idle = [gr.Button(interactive=True), gr.Button(interactive=False), gr.Button(interactive=bool(pair.key))]
         busy = [gr.Button(interactive=False), gr.Button(interactive=True), gr.Button(interactive=True)]
@@ -146,7 +184,7 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
             keys = ("max_new_tokens", "temperature", "top_p", "seed")
             options = dict(zip(keys, (int(sampling[0]), *sampling[1:3], int(sampling[3] or 0)), strict=True))
             states: tuple[Any, ...] = ({}, {})
-            for states in pair.answer(str(key), *(_messages(turns, text, side) for side in SIDES), **options):
+            for states in pair.answer(key, *(_messages(turns, text, side) for side in SIDES), **options):
                 turn = {"user": text, **{side: state["text"] for side, state in zip(SIDES, states, strict=True)}}
                 panes = [head_html(side, _facts(pair, side, state)) for side, state in zip(SIDES, states, strict=True)]
                 yield [turns, "", *panes, *(_shown([*turns, turn], side) for side in SIDES), gr.skip(), *busy]
@@ -174,15 +212,18 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
     both_heads, both_bots = list(heads.values()), list(bots.values())
     sending: dict[str, Any] = {
         "fn": on_send,
-        "inputs": [chosen, message, history, length, temperature, top_p, seed],
+        "inputs": [base, chosen, message, history, length, temperature, top_p, seed],
         "outputs": [history, said, *both_heads, *both_bots, message, send, stop, unload],
         "concurrency_id": "chat",
         "concurrency_limit": 4,
         **quiet,
     }
-    demo.load(on_load, None, [nothing, body, chosen, unload, *both_heads], **quiet)
-    chosen.input(on_choose, None, [history, *both_bots, *both_heads, said], **quiet)
-    load.click(on_load_models, [chosen], [said, *both_heads, load, unload], **quiet)
+    offered = [nothing, body, base, chosen, unreachable, unload, *both_heads]
+    # what is here is shown at once; the servers are asked after that
+    demo.load(on_load, None, offered, **quiet).then(on_servers, [base, chosen], offered, **quiet)
+    for choice in (base, chosen):
+        choice.input(on_choose, None, [history, *both_bots, *both_heads, said], **quiet)
+    load.click(on_load_models, [base, chosen], [said, *both_heads, load, unload], **quiet)
     unload.click(on_unload, None, [said, *both_heads, unload], **quiet)
     send.click(**sending)
     message.submit(**sending)
@@ -198,8 +239,8 @@ def finished(home: Home, also: str = "") -> list[Job]:
     return jobs
 
 
-def models_to_choose(jobs: Sequence[Job]) -> list[tuple[str, str]]:
-    """The quantized models of some jobs as lines of the list, and what `ChatPair.load` takes."""
+def models_to_choose(jobs: Sequence[Job]) -> Choices:
+    """The quantized models of some jobs as lines of the list, and what names them (`pair_key`)."""
     choices = []
     for job in jobs:
         for entry in results_of(job.result):
@@ -207,6 +248,33 @@ def models_to_choose(jobs: Sequence[Job]) -> list[tuple[str, str]]:
                 shown = plain(f"{full_name(job, entry)}, {job.model}, {ago(job.created_at)}")
                 choices.append((shown, pair_key(job, entry["name"])))
     return choices
+
+
+def baselines_to_choose(jobs: Sequence[Job]) -> Choices:
+    """The models that some jobs quantized, each folder once, by the newest job that names it."""
+    found: dict[str, tuple[str, str]] = {}
+    for job in jobs:
+        folder = (job.result or {}).get("model_dir")
+        if folder and folder not in found:
+            found[folder] = (plain(f"{job.model}, baseline of {job.job_id}, {ago(job.created_at)}"), job.uid)
+    return list(found.values())
+
+
+def served_to_choose(servers: Sequence[Found]) -> Choices:
+    """The models of the servers; a server that cannot be used has a line, too, and is asked again when it is chosen."""
+    choices = []
+    for server in servers:
+        for model in server.models:
+            choices.append((plain(f"Served model: {server.url} ({model})"), served_key(server.url, model)))
+        if not server.models:
+            choices.append((plain(f"Served model: {server.url} (not reachable)"), served_key(server.url, "")))
+    return choices
+
+
+def servers_html(servers: Sequence[Found]) -> str:
+    """Why servers cannot be used; empty if all can."""
+    reasons = [f"Not reachable: {esc(server.reason)}" for server in servers if server.reason]
+    return f'<p class="qd-muted qd-small">{"<br>".join(reasons)}</p>' if reasons else ""
 
 
 def head_html(side: str, facts: str = "not loaded") -> str:
@@ -231,7 +299,7 @@ def _facts(pair: ChatPair, side: str, state: dict[str, Any] | None = None, memor
         info = pair.info(side)
         dtype, path = str(info.get("dtype", "")), str(info.get("decode_path", ""))
         words = [f"loaded in {info['load_s']:.1f} s" if "load_s" in info else "loaded", dtype]
-        words += [path] if not path.startswith(dtype) else []
+        words += [path] if not dtype or not path.startswith(dtype) else []
     return " · ".join(word for word in words if word)
 
 
