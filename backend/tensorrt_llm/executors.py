@@ -122,6 +122,8 @@ class DockerExecutor:
         # several devices need quotes of their own: docker reads the value as a line of CSV
         chosen = f'"device={",".join(self.gpus)}"' if len(self.gpus) > 1 else f"device={self.gpus[0]}"
         volumes = [volume(str(getattr(plan, n)), n, writable) for n, writable in mounts(step).items()]
+        if "model" in step.reads:
+            volumes += link_volumes(plan.model, INSIDE["model"])
         return docker_run(
             container_command(plan, step, self.version), volumes, self.image, docker=self.docker, name=name,
             gpus=chosen, user=f"{os.getuid()}:{os.getgid()}", port=port if isinstance(port, int) else None,
@@ -158,21 +160,40 @@ def container_command(plan: RunPlan, step: Step, version: str = LEGACY_VERSION) 
 
 
 def inside(plan: RunPlan, path: Path) -> Path:
-    """Where a container sees a path of one of the plan's folders.
+    """Where a container sees a path of one of the plan's folders; the innermost, where one lies in another.
 
     Raises:
         ValueError: If it lies in none of them.
     """
-    for name, place in INSIDE.items():
-        folder = getattr(plan, name)
-        if folder is not None and path.is_relative_to(folder):
-            return Path(place) / path.relative_to(folder)
-    raise ValueError(f"{path} lies in none of the folders of the plan")
+    folders = {name: getattr(plan, name) for name in INSIDE if getattr(plan, name) is not None}
+    holding = [name for name, folder in folders.items() if path.is_relative_to(folder)]
+    if not holding:
+        raise ValueError(f"{path} lies in none of the folders of the plan")
+    name = max(holding, key=lambda name: len(folders[name].parts))
+    return Path(INSIDE[name]) / path.relative_to(folders[name])
 
 
 def mounts(step: Step) -> dict[str, bool]:
     """Names of the plan's folders that a step's container sees, and whether it may write there."""
     return {name: name in step.writes for name in (*step.reads, *step.writes)}
+
+
+def link_volumes(folder: Path, place: str) -> list[str]:
+    """Values of docker's `-v` that let the links of a folder lead to the same files inside a container.
+
+    A model in the Hub's cache consists of links to files beside its folder; a container that sees the folder alone
+    would find none of them.
+
+    Args:
+        folder: The folder on this machine.
+        place: Where a container sees it.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and path.exists() and not path.resolve().is_relative_to(folder.resolve()):
+            link = os.path.join(place, path.parent.relative_to(folder), os.readlink(path))
+            found[os.path.dirname(os.path.normpath(link))] = path.resolve().parent
+    return [f"{host}:{where}:ro" for where, host in found.items()]
 
 
 def volume(host: str, name: str, writable: bool) -> str:

@@ -33,7 +33,7 @@ INSIDE = {
     "model": "/model", "trt_checkpoint": "/trt_checkpoint", "checkpoint": "/checkpoint", "engine": "/engine",
     "work": "/scratch",
 }  # fmt: skip
-"""Folder of a plan -> where a container sees it; a folder inside another one comes first."""
+"""Folder of a plan -> where a container sees it."""
 
 
 @dataclass(frozen=True)
