@@ -51,7 +51,7 @@ def shell_script(plan: RunPlan, folder: Path, image: str = IMAGE) -> str:
     ]
     if baseline and _outside(plan, folder, "model"):
         lines += [
-            "# MODEL: absolute folder of the 16-bit model that this result was made from (its files, not links to them)",
+            "# MODEL: absolute folder of the 16-bit model that this result was made from (files, not links)",
             'if [ -n "${MODEL:-}" ]; then', *(f"  {line}" for line in baseline), "else",
             "  echo 'MODEL is not set: the 16-bit model is not measured' >&2", "fi",
         ]  # fmt: skip
