@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -20,15 +21,17 @@ from backend.event_stream import EventWriter
 from backend.files import required
 from backend.process import adopt_orphans
 from backend.tensorrt_llm.executors import DockerExecutor, EnvironmentExecutor, Executor
-from backend.tensorrt_llm.inputs import write_inputs
 from backend.tensorrt_llm.machine import stored_bytes
 from backend.tensorrt_llm.methods import ENGINE
 from backend.tensorrt_llm.plan import (
     BASELINE,
     BENCH_STAGE,
     BUILD_STAGE,
+    DATASET,
+    OPTIONS,
     PERPLEXITY_STAGE,
     QUANTIZED,
+    SCRIPT,
     WINDOWS,
     RunPlan,
     Step,
@@ -46,10 +49,10 @@ def run(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """Run the steps of a plan.
 
     Args:
-        request: `name` (unique to the job; names its containers), `plan` (`RunPlan.to_json`), `executor`
-            (`environment` or `docker`), `gpus` (UUIDs), `environment` (folder) or `image` and `docker`; optionally
-            `tokens` (ids of running text) and `windows` (see `inputs.write_inputs`), without which the files have to be
-            in the plan's `work` already; `limits_s` (seconds, by stage); `configuration` (for the events).
+        request: `job` (a unique name, which its containers get), `plan` (`RunPlan.to_json`), `inputs_dir` (where
+            `inputs.write_inputs` wrote; the files are copied to the plan's `work`), `executor` (`environment` or
+            `docker`), `gpus` (UUIDs), `environment` (folder) or `image` and `docker`; optionally `limits_s` (seconds,
+            by stage) and `configuration` (for the events).
         events: Takes progress events of the stages `trtllm_build`, `trtllm_bench` and `trtllm_perplexity`.
 
     Returns:
@@ -65,11 +68,10 @@ def run(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     adopt_orphans()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     plan = RunPlan.from_json(required(request, "plan"))
-    name = _checked_name(required(request, "name"))
+    name = _checked_name(required(request, "job"))
     executor = executor_of(request)
     refuse_own_code(plan)
-    if "tokens" in request:
-        write_inputs(plan, request["tokens"], request.get("windows", ()))
+    copy_inputs(Path(required(request, "inputs_dir")), plan)
     made = _Results(plan)
     todo = steps(plan)
     limits = {**LIMITS_S, **request.get("limits_s", {})}
@@ -107,6 +109,20 @@ def executor_of(request: Mapping[str, Any]) -> Executor:
     if kind == "docker":
         return DockerExecutor(required(request, "image"), uuids, request.get("docker", "docker"))
     raise ConfigError(f"found {kind!r}; it must be environment or docker", key="executor", value=kind)
+
+
+def copy_inputs(source: Path, plan: RunPlan) -> None:
+    """Bring the programs' input files to where they may write beside them.
+
+    Raises:
+        ConfigError: If one is missing.
+    """
+    plan.work.mkdir(parents=True, exist_ok=True)
+    for name in (DATASET, OPTIONS, *((SCRIPT, WINDOWS) if plan.perplexity else ())):
+        if not (source / name).is_file():
+            raise ConfigError(f"there is no {name} in {source}; the stage that exports writes it", key="inputs_dir")
+        if source != plan.work:
+            shutil.copyfile(source / name, plan.work / name)
 
 
 def refuse_own_code(plan: RunPlan) -> None:
@@ -156,6 +172,9 @@ class _Results:
         report = read_bench_report(
             step.output, requests=requests, prompt_tokens=self.plan.prompt_tokens, new_tokens=self.plan.new_tokens
         )
+        if step.which == QUANTIZED and self.plan.method and not report["quantization"]:
+            # a checkpoint whose scales are not understood is loaded, and its codes are taken for weights
+            raise EngineError(f"{step.title}: {step.output.name} reports no quantization; it was run as 16 bit")
         self._version = report["version"]
         load = "single" if step.values["--concurrency"] == 1 and "single" not in measured else "load"
         measured[load] = {**report, "idle_bytes": watch.before, "peak_bytes": watch.taken}
@@ -197,7 +216,7 @@ class _Telling:
 
 def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(f"found {name!r}; letters, digits, '-', '_' and '.' can name a container", key="name")
+        raise ConfigError(f"found {name!r}; letters, digits, '-', '_' and '.' can name a container", key="job")
     return name
 
 

@@ -77,6 +77,8 @@ report = {
                     "request_throughput_req_s": 2.5, "avg_request_latency_ms": 400.0},
     "streaming_metrics": {"token_output_speed_tok_s": 120.0, "avg_ttft_ms": 9.0, "avg_tpot_ms": 8.3},
 }
+if "/model" in option(argv, "--model_path") or how == "sixteen bit":
+    report["engine"]["quantization"] = None
 if how == "not finite":
     report["performance"]["system_output_throughput_tok_s"] = float("nan")
 text = json.dumps(report)
@@ -196,7 +198,10 @@ def plan_in(folder: Path, **changes: Any) -> RunPlan:
         "max_prompt_embedding_table_size": 0, "kv_cache_fraction": 0.2, "prompt_tokens": 8, "new_tokens": 4,
         "requests": 5, "concurrency": 3, "perplexity": True, **places,
     }  # fmt: skip
-    return RunPlan(**{**values, **changes})
+    values |= changes
+    if values["mode"] == "pytorch":
+        values["trt_checkpoint"] = None
+    return RunPlan(**values)
 
 
 def gpus_file(folder: Path, count: int = 1) -> Path:

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backend.paths import PROJECT
+from backend.tensorrt_llm.inputs import write_inputs
 from tests.tensorrt_llm.fakes import IMAGE, Fakes, alive, gpus_file, plain_environment, plan_in
 
-TOKENS = [list(range(100, 160))]
+TOKENS = list(range(100, 160))
 WINDOWS = [{"tokens": list(range(20)), "counted": list(range(1, 20))}, {"tokens": [3, 4, 5], "counted": [2]}]
 
 
@@ -31,10 +33,13 @@ class Run:
         self.plan = plan_in(tmp_path, **changes)
         self.result_file, self.events_file = tmp_path / "result.json", tmp_path / "events.jsonl"
         self.log_file = tmp_path / "log.txt"
+        written = tmp_path / "inputs"
+        write_inputs(replace(self.plan, work=written), TOKENS, WINDOWS)
         request = {
-            "name": "job-7", "plan": self.plan.to_json(), "executor": executor, "gpus": ["GPU-fake-0"],
+            "job": "job-7", "inputs_dir": str(written), "plan": self.plan.to_json(),
+            "executor": executor, "gpus": ["GPU-fake-0"],
             "environment": str(fakes.environment), "image": IMAGE, "docker": fakes.docker,
-            "tokens": TOKENS[0], "windows": WINDOWS, "limits_s": limits or {},
+            "limits_s": limits or {},
         }  # fmt: skip
         (tmp_path / "request.json").write_text(json.dumps(request))
         self._argv = [
@@ -133,6 +138,7 @@ def test_a_failure_gives_exit_code_last_lines_and_advice(tmp_path: Path, fakes: 
         ("die", "signal 9"),
         ("no report", "ended without writing baseline_single.json"),
         ("truncated", "half-way"),
+        ("sixteen bit", "reports no quantization"),
         ("not finite", "performance.system_output_throughput_tok_s nan"),
     ],
 )
@@ -198,20 +204,38 @@ def test_a_cancel_leaves_no_process_and_no_container(
         assert ["docker", "kill", "job-7-baseline_single"] in fakes.calls("docker")
 
 
+def test_what_a_killed_run_left_is_ended_by_the_next(tmp_path: Path, fakes: Fakes) -> None:
+    fakes.behave(trtllm_bench="hang")
+    run = Run(tmp_path, fakes, "docker", perplexity=False)
+    process = run.start()
+    hanging = fakes.folder / "hanging.json"
+    deadline = time.monotonic() + 60
+    while not hanging.exists():
+        assert process.poll() is None and time.monotonic() < deadline, run.log_file.read_text()
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    left = json.loads(hanging.read_text())
+    assert alive(left[0])  # as a container outlives everything that asked for it
+    fakes.behave()
+    assert run.finish() == 0, run.log_file.read_text()
+    assert not alive(left[0]) and not alive(left[1])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"gpus": []}, "found no GPU"),
-        ({"name": "a b"}, "name"),
+        ({"job": "a b"}, "name a container"),
         ({"executor": "podman"}, "environment or docker"),
-        ({"tokens": [1, 2, 3]}, "the text has 3 tokens"),
+        ({"inputs_dir": "/nowhere"}, "no bench_dataset.jsonl in /nowhere"),
     ],
 )
 def test_a_wrong_request_starts_nothing(tmp_path: Path, fakes: Fakes, change: dict[str, Any], words: str) -> None:
     run = Run(tmp_path, fakes, "docker")
     path = tmp_path / "request.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert run.finish() in (1, 2)
+    assert run.finish() == 2
     assert words in run.error and not fakes.calls()
 
 
