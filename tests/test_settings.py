@@ -26,6 +26,8 @@ def test_without_a_file_everything_has_its_default(tmp_path: Path) -> None:
     assert settings.models.allow_pickle is False
     assert settings.models.allow_remote_code is False
     assert settings.web.origins == ()
+    assert settings.tensorrt_llm.environment == ""
+    assert settings.tensorrt_llm.image == "nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
     assert settings.served.urls == ("http://127.0.0.1:8000",)
 
 
@@ -48,6 +50,10 @@ session_hours = 1
 max_upload_bytes = 1000
 [served]
 urls = ["http://127.0.0.1:8001/v1", "https://gpu.example.org/", "https://gpu.example.org"]
+[tensorrt_llm]
+environment = "/srv/tensorrt_llm"
+image = "registry.example.org/tensorrt-llm@sha256:0123"
+docker = "/usr/bin/podman"
 """
     settings = load(tmp_path, text)
     assert settings.jobs.cpu_slots == 3
@@ -57,6 +63,9 @@ urls = ["http://127.0.0.1:8001/v1", "https://gpu.example.org/", "https://gpu.exa
     assert settings.models.allow_remote_code is True
     assert settings.web.origins == ("https://quant.example.org", "http://10.0.0.5:8080")
     assert settings.web.session_hours == 1.0
+    assert settings.tensorrt_llm.environment == "/srv/tensorrt_llm"
+    assert settings.tensorrt_llm.image == "registry.example.org/tensorrt-llm@sha256:0123"
+    assert settings.tensorrt_llm.docker == "/usr/bin/podman"
     assert settings.served.urls == ("http://127.0.0.1:8001", "https://gpu.example.org")
 
 
@@ -72,6 +81,10 @@ def test_settings_cannot_be_changed() -> None:
         ("cpu_slots = 2", "cpu_slots", "did you mean jobs.cpu_slots?"),
         ("[modles]\nroots = []", "modles", "did you mean models?"),
         ("[jobs]\nqqqq = 2", "jobs.qqqq", "there are jobs.cpu_slots"),
+        ('[tensorrt_llm]\nenvironment = "venv"', "tensorrt_llm.environment", "the absolute path of a folder"),
+        ('[tensorrt_llm]\nenvironment = "/a/../b"', "tensorrt_llm.environment", "without '..'"),
+        ('[tensorrt_llm]\nimage = "--privileged"', "tensorrt_llm.image", "does not begin with '-'"),
+        ('[tensorrt_llm]\ndocker = "sudo docker"', "tensorrt_llm.docker", "without spaces"),
         ('[jobs]\ncpu_slots = "2"', "jobs.cpu_slots", "found '2'; it must be a whole number"),
         ("[jobs]\ncpu_slots = true", "jobs.cpu_slots", "found true; it must be a whole number"),
         ("[jobs]\ncpu_slots = 1.5", "jobs.cpu_slots", "found 1.5; it must be a whole number"),
