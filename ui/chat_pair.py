@@ -86,7 +86,8 @@ class ChatPair:
                 self._close()
                 self._key = key
                 try:
-                    for side, model in models.items():
+                    # servers first: one that is not there is told before a large model is loaded in vain
+                    for side, model in sorted(models.items(), key=lambda item: not isinstance(item[1], ServedModel)):
                         yield f"Loading the {side} model"
                         self._models[side] = model
                         model.start()

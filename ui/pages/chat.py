@@ -43,10 +43,10 @@ def build(demo: gr.Blocks, home: Home, pair: ChatPair) -> None:
         nothing = gr.HTML(visible=False, elem_id="chat-empty")
         with gr.Column(visible=False) as body:
             with gr.Row(elem_classes=["qd-toolbar"]):
-                base = gr.Dropdown(
-                    [OWN_BASELINE], value="", label="Baseline", elem_id="chat-baseline", scale=4, min_width=260
-                )
-                chosen = gr.Dropdown(label="Quantized model", elem_id="chat-job", scale=5, min_width=320)
+                with gr.Column(scale=4, min_width=260):
+                    base = gr.Dropdown([OWN_BASELINE], value="", label="Baseline", elem_id="chat-baseline")
+                with gr.Column(scale=5, min_width=320):
+                    chosen = gr.Dropdown(label="Quantized model", elem_id="chat-job")
                 load = gr.Button("Load both models", variant="primary", elem_id="chat-load", min_width=170)
                 unload = gr.Button("Unload", elem_id="chat-unload", interactive=False, min_width=100)
             unreachable = gr.HTML(visible=False, elem_id="chat-servers")
