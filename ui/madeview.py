@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from backend.engines.trtllm_handover import SCRIPT
 from backend.jobs.publish import read_manifest
 from ui.format import size
 from ui.layout import card, esc, link
 
 Entry = Mapping[str, Any]
 VLLM_BITS = (4, 8)
-SCRIPT = "run_tensorrt_llm.sh"
 MAX_NAMES = 6
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def rewrite(exported: Path, out: Path, dtype: str) -> None:
             tensors[name] = cast
         with writing(out / path.name):
             save_file(tensors, out / path.name, metadata={"format": "pt"})
+        (out / path.name).chmod(0o666 & ~_umask())  # the library makes its files readable for their owner alone
         sync_path(out / path.name)
     if (exported / INDEX_FILE).is_file():
         index = json.loads((exported / INDEX_FILE).read_text(encoding="utf-8"))
@@ -76,4 +78,12 @@ def write_configs(source: Path, scratch: Path, out: Path, dtype: str, engine_che
     if checkpoint.is_dir():
         written = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         write_json(checkpoint / "config.json", complete_config(written, config))
+        for path in checkpoint.iterdir():
+            path.chmod(0o666 & ~_umask())
         shutil.move(checkpoint, out / engine_checkpoint)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no other way to ask for it
+    os.umask(mask)
+    return mask

@@ -27,18 +27,18 @@ from backend.child import run_child
 from backend.engines.clock import Clock
 from backend.engines.modelopt_check import check_reload, logits, observe, probe_of
 from backend.engines.modelopt_files import rewrite, write_configs
+from backend.engines.trtllm_handover import plan_of, write_handover
 from backend.errors import EngineError, QuantdeckError
 from backend.event_stream import EventWriter
 from backend.files import required
 from backend.tensorrt_llm.methods import ENGINE, METHODS
 from backend.tensorrt_llm.models import DECODER_TYPES, architecture_of
+from backend.tensorrt_llm.plan import TRT_CHECKPOINT
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-ENGINE_CHECKPOINT = "tensorrt_llm_checkpoint"
-"""Folder, below the export, of what `trtllm-build` reads."""
 UNIT = "relative weight error"
 
 
@@ -48,7 +48,8 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     Args:
         request: `model_dir`, `tokens_file` (safetensors: `tokens`, optional `lengths`), `out_dir`, `device` (torch's
             name) and `configuration`: `name`, `method` (of `METHODS`; None: 16 bits), `mode`, `dtype`, `smoothquant`,
-            `group_size`, `alpha_step`, `batch_size`, `tp_size`.
+            `group_size`, `alpha_step`, `batch_size`, `tp_size`. `handover`: `plan` (`RunPlan` without its folders),
+            `text_file` (the perplexity text, or None), `image`.
         events: Takes progress events: one per batch of calibration text and pass over it.
 
     Returns:
@@ -65,7 +66,6 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     about = {"configuration": wanted["name"]}
     os.environ.update(ENVIRONMENT)
     events.note(stage="calibrate", message="loading the model and nvidia-modelopt", **about)
-    import torch
 
     from backend.formats.loader import load_model
     from backend.formats.skeleton import read_config
@@ -101,7 +101,7 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     events.note(stage="save", message="exporting", **about)
     if wanted["mode"] == ENGINE:
         with _modelopt("exporting TensorRT-LLM's checkpoint"):
-            _export_engine_checkpoint(model, architecture, wanted, scratch / ENGINE_CHECKPOINT)
+            _export_engine_checkpoint(model, architecture, wanted, scratch / TRT_CHECKPOINT)
     with _modelopt("exporting the Hugging Face folder"):
         if method is not None:
             from modelopt.torch.export.unified_export_hf import requantize_resmooth_fused_llm_layers
@@ -110,13 +110,18 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
         expected = observe(model, probe, original)
         from modelopt.torch.export import export_hf_checkpoint
 
-        export_hf_checkpoint(model, dtype=getattr(torch, wanted["dtype"]), export_dir=scratch / "hf")
+        # In the type of the computation: rounded to 16 bits first, some weights would get other codes.
+        export_hf_checkpoint(model, dtype=compute, export_dir=scratch / "hf")
     del model
     gc.collect()
     out.mkdir(parents=True)
     rewrite(scratch / "hf", out, wanted["dtype"])
-    write_configs(source, scratch, out, wanted["dtype"], ENGINE_CHECKPOINT)
+    write_configs(source, scratch, out, wanted["dtype"], TRT_CHECKPOINT)
     shutil.rmtree(scratch)
+    handover = required(request, "handover")
+    text = Path(handover["text_file"]) if handover["text_file"] else None
+    plan = plan_of(handover["plan"], model=source, folder=out)
+    write_handover(plan, [t for row in rows for t in row.tolist()], text, source, handover["image"])
     events.note(stage="save", message="reading it back", **about)
     found = check_reload(load_model(out, device=device, dtype=compute), probe, expected)
     timings["save"] = clock.lap()

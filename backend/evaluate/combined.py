@@ -103,7 +103,7 @@ def short_name(row: Row) -> str:
 
 
 def _column(row: Row) -> Column:
-    name = "Decode" if row["metric"] == "tokens/s" else short_name(row)
+    name = "Decode" if row["name"].startswith("Decode (") else short_name(row)
     unit = f" ({row['unit']})" if row["unit"] not in ("", "bits") else ""
     arrow = "↑" if row["higher_is_better"] else "↓"
     return Column(f"{name}{unit} {arrow}", row["protocol"], row["name"], row["metric"])

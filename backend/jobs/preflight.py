@@ -32,7 +32,7 @@ from backend.sources.places import check_outputs
 from backend.sources.plan import calibration_source, evaluation_source, evaluation_tasks
 from backend.sources.quick_check import QuickFacts, kept_linears, kept_note, quick_check
 from backend.sources.texts import check_rows
-from backend.tensorrt_llm.fit import check_fit
+from backend.tensorrt_llm.fit import check_fit, predicted_exports
 
 ROOM = 2.2
 """Disk space that a result needs while it is made, in its own sizes: once as it grows, once as finished shards."""
@@ -223,6 +223,8 @@ MODEL_CHECKS: dict[str, Callable[[QuickFacts, JobConfig, Sequence[Configuration]
 def _predicted(facts: QuickFacts, config: JobConfig, device: str) -> tuple[dict[str, int], dict[str, float]]:
     """Bytes of the weight files (of the packages' own results but for a file header), bits per quantized weight."""
     sizes, bits = {}, {}
+    if config.ALGORITHM == "TensorRTLLM":
+        return predicted_exports(facts, configurations(config, device))
     for one in by_the_core(config, device):
         with suppress(ConfigError):  # nothing would be quantized: told by the checks
             sizes[one.name] = _size_of(facts, one)

@@ -37,6 +37,7 @@ class Run:
         peak_rss_bytes: Largest resident memory of any stage's process.
         failures: Configurations that could not be made or measured, and why.
         outcomes: The same as codes.
+        not_possible: Why something that the job asked for cannot be done on this machine -> the configurations.
         result: What `Job.result` becomes.
     """
 
@@ -50,6 +51,7 @@ class Run:
     peak_rss_bytes: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    not_possible: dict[str, list[str]] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -52,7 +52,7 @@ _BY_ALGORITHM: dict[str, tuple[ShownStage, ...]] = {
         ShownStage("Quantize with nvidia-modelopt, export, read back", ("quantize", "calibrate", "save")),
         ShownStage("Save the model", ("publish",)),
         *(stage for stage in _MEASURE if stage.names not in (("benchmark",), ("report",))),
-        ShownStage("Build and run in TensorRT-LLM", ("trtllm", "trtllm_build", "trtllm_bench", "trtllm_perplexity")),
+        ShownStage("Build and run in TensorRT-LLM", ("benchmark", "trtllm_build", "trtllm_bench", "trtllm_perplexity")),
         _MEASURE[-1],
     ),
 }

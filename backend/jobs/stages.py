@@ -21,7 +21,7 @@ from backend.evaluate.report import build_rows, format_table
 from backend.files import write_json
 from backend.formats.bits import StoredBits, measured_bits
 from backend.formats.size import weight_bytes
-from backend.jobs import aqlm_stages, measure, one_program, trtllm_stages
+from backend.jobs import aqlm_stages, measure, one_program, trtllm_metrics, trtllm_stages
 from backend.jobs.program import Command
 from backend.jobs.run import Run
 from backend.jobs.stage import Stage
@@ -39,6 +39,9 @@ MAKERS: dict[str, Callable[[Run], list[Stage]]] = {
     "TensorRTLLM": trtllm_stages.stages,
 }
 """The stages in which an algorithm's models are made and saved."""
+
+RUNNERS: dict[str, Callable[[Run], list[Stage]]] = {"TensorRTLLM": trtllm_stages.run_stages}
+"""The stages in which models are run that need a program of their own for that."""
 
 
 def stages_of(run: Run) -> list[Stage]:
@@ -58,7 +61,9 @@ def stages_of(run: Run) -> list[Stage]:
         stages += [_measured(run, c, "evaluate_quantized", "Evaluate quantized") for c in each]
     if run.config.EVALUATION.compares_outputs:
         stages += [_measured(run, c, "evaluate_fidelity", "Compare outputs") for c in each]
-    if run.config.BENCHMARK.ENABLED:
+    if run.config.BENCHMARK.ENABLED and run.config.ALGORITHM in RUNNERS:
+        stages += RUNNERS[run.config.ALGORITHM](run)
+    elif run.config.BENCHMARK.ENABLED:
         stages += [_measured(run, c, "benchmark", "Benchmark") for c in each]
     return [*stages, Stage("report", "Report", finish=_report)]
 
@@ -126,6 +131,9 @@ def _report(run: Run) -> None:
         evaluation = measure.result_of(run, "evaluate_quantized", configuration)
         fidelity = measure.result_of(run, "evaluate_fidelity", configuration)
         speed = measure.result_of(run, "benchmark", configuration)
+        if run.config.ALGORITHM in RUNNERS:
+            entry["ran"] = trtllm_stages.told_of_run(run, configuration)
+            speed = trtllm_metrics.of_both_models(entry["ran"], run.stage_result("download")["text_name"])
         rows = build_rows(
             run.stage_result("evaluate_baseline") if evaluation else nothing,
             evaluation or nothing,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from backend.engines.configurations import Configuration
 from backend.errors import ConfigError, ConfigErrors
+from backend.formats.bits import predicted_modelopt_bits
+from backend.formats.modelopt_layout import ModeloptScheme
+from backend.formats.size import predicted_modelopt_size
 from backend.schema import JobConfig, TensorRTLLMSettings
 from backend.sources.quick_check import QuickFacts
 from backend.tensorrt_llm.methods import ENGINE, METHODS
@@ -92,3 +96,15 @@ def engine_lengths(config: Mapping[str, object], settings: TensorRTLLMSettings) 
             value=wanted[0],
         )
     return most // 2, most - most // 2
+
+
+def predicted_exports(facts: QuickFacts, planned: Sequence[Configuration]) -> tuple[dict[str, int], dict[str, float]]:
+    """Bytes of each export's weight files, and bits per quantized weight, by the configuration's name."""
+    sizes, bits = {}, {}
+    for one in planned:
+        if (name := one.request["method"]) is None:
+            continue  # nothing is quantized
+        scheme = ModeloptScheme(METHODS[name].quant_algo, one.request["group_size"] or BLOCK_SIZES[0])
+        sizes[one.name] = predicted_modelopt_size(facts.headers, facts.config, scheme, dtype=one.request["dtype"])
+        bits[one.name] = predicted_modelopt_bits(facts.headers, scheme)
+    return sizes, bits

@@ -28,6 +28,7 @@ from ui.pages.jobs import act_on, actor_of, digest
 from ui.pareto import tradeoff
 from ui.reading import asked, briefly, find, store_notice
 from ui.resultview import combined_html, result_table
+from ui.tensorrtview import tensorrt
 
 REFRESH_S = 1.0
 IDLE_REFRESH_S = 5.0
@@ -42,6 +43,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         said = gr.HTML(visible=False)
         facts = gr.HTML()
         result = gr.HTML(visible=False, elem_id="result")
+        ran = gr.HTML(visible=False, elem_id="tensorrt")
         with gr.Row(elem_classes=["qd-split"]):
             with gr.Column(scale=2, min_width=320):
                 stages = gr.HTML(elem_id="stages")
@@ -64,7 +66,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
     seen = gr.State({})
     timer = gr.Timer(REFRESH_S)
     parts = {
-        "head": head, "facts": facts, "result": result, "stages": stages, "notes": remarks, "made": saved,
+        "head": head, "facts": facts, "result": result, "ran": ran, "stages": stages, "notes": remarks, "made": saved,
         "history": history,
     }  # fmt: skip
     outputs = [seen, timer, said, *parts.values(), best, scatter, curve, chart]
@@ -119,6 +121,7 @@ def _html_parts(job: Job, turn: int) -> dict[str, str]:
         "head": head_html(job, turn),
         "facts": overview(job),
         "result": result_html(job),
+        "ran": tensorrt(job.uid, entries),
         "stages": card(stage_list(job), "Stages"),
         "notes": notes(entries),
         "made": made(job.uid, entries),
