@@ -85,6 +85,8 @@ def test_a_program_tells_by_its_exit_code_even_if_nothing_can_be_written(tmp_pat
 def test_a_program_sees_an_allow_list_of_our_variables(monkeypatch):
     for name in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME", "LD_LIBRARY_PATH", "LD_PRELOAD", "HF_TOKEN", "MY_SECRET"):
         monkeypatch.setenv(name, "/ours")
+    monkeypatch.setenv("DOCKER_AUTH_CONFIG", "/ours")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///run/user/1000/docker.sock")
     monkeypatch.setenv("QUANTDECK_JOB", "u:1")
     device = {"CUDA_VISIBLE_DEVICES": "GPU-1"}
     commands = [
@@ -94,6 +96,7 @@ def test_a_program_sees_an_allow_list_of_our_variables(monkeypatch):
     ours, theirs, download = (program_environment(command, device) for command in commands)
     assert "/ours" not in ours.values() and "/ours" not in theirs.values()
     assert {k for k, v in download.items() if v == "/ours"} == {"HF_TOKEN"}
+    assert "DOCKER_HOST" in ours and "DOCKER_HOST" not in theirs
     for environment in (ours, theirs, download):
         assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-1" and environment["QUANTDECK_JOB"] == "u:1"
         assert environment["QUANTDECK_PARENT_PID"] == str(os.getpid()) and environment["PATH"]
