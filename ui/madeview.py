@@ -65,11 +65,12 @@ def download_path(uid: str, entry: Entry, file: str) -> str:
 
 
 def files_of(folder: Path) -> list[tuple[str, int]]:
-    """Name, with its folder below the artefact, and bytes of every file of an artefact; empty if it was removed."""
-    listed = (read_manifest(folder) or {}).get("files") or {}
+    """Name and bytes of every file of an artefact, and of those that it has in folders; empty if it was removed."""
     try:
-        return sorted((name, (folder / name).stat().st_size) for name in listed if (folder / name).is_file())
-    except (OSError, ValueError):
+        names = {path.name for path in folder.iterdir()}
+        names |= {name for name in (read_manifest(folder) or {}).get("files") or () if "/" in name}
+        return sorted((name, (folder / name).stat().st_size) for name in names if (folder / name).is_file())
+    except (OSError, ValueError, TypeError):
         return []
 
 

@@ -144,7 +144,7 @@ class TensorRTLLMSettings(AlgorithmSection):
     )  # fmt: skip
     # -- kept
     pp_size: StrictInt = no_effect(
-        1, label="Pipeline stages", ge=1,
+        1, label="Pipeline stages", unit="stages", ge=1, le=64,
         help="The original never reads it. Several GPUs in CUDA_ID share every layer (tensor parallelism).",
     )  # fmt: skip
     per_channel: StrictBool = no_effect(

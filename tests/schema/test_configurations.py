@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from backend.engines.configurations import configurations
-from backend.engines.registry import ENGINES, engine_for
+from backend.engines.registry import ENGINES, NATIVE, OF_ALGORITHM, engine_for
 from backend.errors import EngineError
 from backend.quantize.recipe import Scheme
 from backend.schema import ALGORITHMS, describe, parse_yaml
@@ -103,7 +103,9 @@ def test_the_core_makes_llm_compressors_checkpoint():
 
 def test_every_engine_that_a_file_can_ask_for_is_there():
     for algorithm, model in ALGORITHMS.items():
-        asked = next((spec.choices for spec in describe(model) if spec.key == "ENGINE"), ("native",))
+        asked = next(
+            (spec.choices for spec in describe(model) if spec.key == "ENGINE"), (OF_ALGORITHM.get(algorithm, NATIVE),)
+        )
         assert set(asked) == {engine.name for engine in ENGINES if algorithm in engine.algorithms}
 
 

@@ -90,7 +90,7 @@ def test_unknown_keys_are_named_with_the_key_that_was_probably_meant():
     [
         ({"ALGORITHM": "GPTZ"}, "ALGORITHM", "AutoAWQ"),
         ({"llm": {"AutoAWQ": {"Q_GROUP_SIZE": 100}}}, "llm.AutoAWQ.Q_GROUP_SIZE", "128, 64 or 32"),
-        ({"ALGORITHM": ["AutoAWQ"]}, "ALGORITHM", "'AutoAWQ', 'Native', 'LLMCompressor' or 'AQLM'"),
+        ({"ALGORITHM": ["AutoAWQ"]}, "ALGORITHM", "'LLMCompressor', 'AQLM' or 'TensorRTLLM'"),
         ({"llm": {"AutoAWQ": {"W_BIT": "4"}}}, "llm.AutoAWQ.W_BIT", "found '4'; allowed: 2, 3, 4 or 8"),
         ({"llm": {"AutoAWQ": {"W_BIT": True}}}, "llm.AutoAWQ.W_BIT", "allowed"),
         ({"llm": {"AutoAWQ": {"ZERO_POINT": "yes"}}}, "llm.AutoAWQ.ZERO_POINT", "True or False"),

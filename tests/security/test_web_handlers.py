@@ -71,7 +71,8 @@ def test_every_handler_takes_junk_without_effect_or_secrets(open_site):
                 answer = call(client, index, data, session, event)
                 assert not SECRETS.search(answer.text), (index, fn.name, data, answer.text)
                 if answer.status_code != 200:
-                    assert answer.status_code in (400, 422), (index, fn.name, data, answer.text)
+                    # 413: long junk in every field of the largest form is more than a request may have
+                    assert answer.status_code in (400, 413, 422), (index, fn.name, data, answer.text)
                     continue
                 for message in outcome(client, session):
                     assert not SECRETS.search(str(message)), (index, fn.name, data, message)
