@@ -37,14 +37,14 @@ def shell_script(plan: RunPlan, folder: Path, image: str = IMAGE) -> str:
     """
     baseline = [_docker(plan, step, folder, image) for step in steps(plan) if step.which == BASELINE]
     quantized = [_docker(plan, step, folder, image) for step in steps(plan) if step.which != BASELINE]
-    made = ["work", *(["engine"] if plan.mode == ENGINE else [])]
+    made = [plan.work, *((plan.engine, plan.logits_engine) if plan.mode == ENGINE else ())]
     lines = [
         "#!/bin/sh",
         "# Runs this result in TensorRT-LLM. Needs an NVIDIA GPU, docker and the NVIDIA Container Toolkit.",
         "set -e",
         'cd "$(dirname "$0")"',
         f"docker image inspect {shlex.quote(image)} >/dev/null || docker pull {shlex.quote(image)}",
-        f"mkdir -p {join(_relative(plan, folder, name) for name in made)}",
+        f"mkdir -p {join(str(path.relative_to(folder)) for path in made)}",
         'if [ "${1:-}" = serve ]; then',
         f"  exec {_docker(plan, serve_step(plan, PORT), folder, image, PORT)}",
         "fi",
