@@ -42,6 +42,7 @@ from backend.quantize.pipeline import quantize as run
 from backend.quantize.recipe import Recipe, Scheme
 from backend.quantize.report import QuantizationReport
 from benchmarks.decode import SHAPES, compare
+from benchmarks.gpu_modelopt import check_modelopt
 
 SMALL = {
     "hidden_size": 512,
@@ -247,6 +248,11 @@ def time_aqlm(results: Results, device: str, shape: dict[str, int], name: str) -
             results.check(f"{name}: AQLM {scheme.label}, largest error", max(errors), 0.25)
 
 
+def run_modelopt(results: Results, folder: Path, device: str) -> None:
+    """Every method of nvidia-modelopt, where it is installed."""
+    check_modelopt(results, make_model(folder, SMALL, device), folder, device)
+
+
 def _wait(device: str) -> None:
     """For what a GPU still has to do."""
     if torch.device(device).type == "cuda":
@@ -270,6 +276,7 @@ def main() -> int:
         ("kernels", lambda folder: check_kernels(results, device)),
         ("small model", lambda folder: check_small(results, folder, device)),
         ("small model, times", lambda folder: time_model(results, folder, device, SMALL, "small")),
+        ("small model, modelopt", lambda folder: run_modelopt(results, folder, device)),
     ]
     if not arguments.small:
         parts.append(("1.1B model", lambda folder: time_model(results, folder, device, MEDIUM, "1.1B")))

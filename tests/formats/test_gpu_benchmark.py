@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from backend.paths import PROJECT
-from benchmarks.gpu import SMALL, Results, check_kernels, time_aqlm
+from benchmarks.gpu import SMALL, Results, check_kernels, make_model, time_aqlm
+from benchmarks.gpu_modelopt import check_modelopt
 
 
 def test_checks_pass_on_cpu() -> None:
@@ -27,6 +28,15 @@ def test_one_layer_tells_of_the_whole_model() -> None:
     assert "not measured" in told["tiny: AQLM aqlm-1x16-g8"]
     assert "4 layers (extrapolated)" in told["tiny: AQLM aqlm-2x8-g8"]
     assert results.failures == []
+
+
+def test_modelopt_is_checked_where_it_is(tmp_path) -> None:
+    results = Results()
+    shape = SMALL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
+    check_modelopt(results, make_model(tmp_path, shape, "cpu"), tmp_path, "cpu", ["int8", "nvfp4"])
+    told = dict(results.rows)
+    assert "differs" in told["modelopt int8"] and "FAILED" in told["modelopt nvfp4"]  # a CPU cannot make it
+    assert results.failures == ["modelopt nvfp4"]
 
 
 def test_a_value_beyond_its_limit_is_a_failure() -> None:
