@@ -22,6 +22,7 @@ from backend.formats.size import predicted_additive_size, predicted_size, weight
 from backend.jobs.aqlm_checks import check_aqlm
 from backend.jobs.devices import choose_device
 from backend.jobs.text_checks import check_calibration, check_tuning
+from backend.jobs.trtllm_checks import check_device, run_notes
 from backend.jobs.trust import check_remote_code
 from backend.paths import Home
 from backend.quantize.recipe import Recipe
@@ -95,6 +96,7 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
     engine_key = f"llm.{config.ALGORITHM}.ENGINE" if has_engines else "ALGORITHM"
     attempt(engine_key, lambda: engine_for(config))
     planned = tuple(configurations(config, device or "cpu"))
+    attempt("", lambda: check_device(config, device or "cpu"))
     attempt("TRUST_REMOTE_CODE", lambda: check_remote_code(config, settings))
     trusted = config.TRUST_REMOTE_CODE
     if any(_is_awq_below_4_bits(one) for one in planned):
@@ -110,6 +112,8 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
         facts = attempt(model_key, lambda: quick_check(model.path, remote_code=trusted))
         if facts is not None:
             attempt(model_key, lambda: MODEL_CHECKS[config.ALGORITHM](facts, config, planned, notes))
+            if config.ALGORITHM == "TensorRTLLM":
+                notes += attempt("", lambda: run_notes(config, facts, home, model.path, device or "cpu")) or []
             predicted, bits = _predicted(facts, config, device or "cpu")
             attempt("USER_FOLDER", lambda: _check_disk(home, config, model.path, planned, predicted))
     elif model is not None:
@@ -206,16 +210,12 @@ def _check_core_or_package(
         raise ConfigErrors(problems)
 
 
-def _check_tensorrt(facts: QuickFacts, config: JobConfig, planned: Sequence[Configuration], notes: list[str]) -> None:
-    check_fit(facts, config)
-
-
 MODEL_CHECKS: dict[str, Callable[[QuickFacts, JobConfig, Sequence[Configuration], list[str]], None]] = {
     "AutoAWQ": _check_core_or_package,
     "Native": _check_core_or_package,
     "LLMCompressor": _check_core_or_package,
     "AQLM": check_aqlm,
-    "TensorRTLLM": _check_tensorrt,
+    "TensorRTLLM": lambda facts, config, planned, notes: check_fit(facts, config),
 }
 """What an algorithm asks of the model."""
 

@@ -16,6 +16,7 @@ from typing import Any
 from backend.engines.configurations import Configuration
 from backend.engines.registry import engine_for
 from backend.engines.trtllm_handover import SCRIPT, plan_of
+from backend.engines.trtllm_plan import fields_of
 from backend.evaluate.cache import digest
 from backend.evaluate.metrics import versions
 from backend.files import write_json
@@ -28,7 +29,7 @@ from backend.jobs.run import Run
 from backend.jobs.stage import Stage
 from backend.schema import TensorRTLLMSettings
 from backend.settings import Settings
-from backend.tensorrt_llm.fit import engine_lengths, gpu_count
+from backend.tensorrt_llm.fit import gpu_count
 from backend.tensorrt_llm.machine import Obstacle, chosen_executor, obstacles
 from backend.tensorrt_llm.plan import RunPlan
 
@@ -36,7 +37,6 @@ NAME, RUN_NAME = "quantize", "benchmark"
 RUN_PROGRAM = "backend.engines.trtllm_run"
 RESULT_FOLDER = "tensorrt_llm_result"
 """Folder, below the export, of the engine and the reports of a run."""
-GPTQ_WINDOW = 512
 
 
 def stages(run: Run) -> list[Stage]:
@@ -90,28 +90,9 @@ def quantize_key(run: Run, configuration: Configuration) -> str:
 
 def plan_values(run: Run, configuration: Configuration) -> dict[str, Any]:
     """A plan's fields without its folders."""
-    settings, bench, inputs = _settings(run), run.config.BENCHMARK, run.stage_result("download")
-    config = json.loads((Path(inputs["model_dir"]) / "config.json").read_text(encoding="utf-8"))
-    longest_prompt, longest_answer = engine_lengths(config, settings)
-    evaluates = run.config.EVALUATION.ENABLED and bool(inputs["text_file"])
-    return {
-        "method": configuration.request["method"],
-        "mode": configuration.request["mode"],
-        "dtype": settings.dtype,
-        "tp_size": gpu_count(run.config),
-        "max_batch_size": settings.max_batch_size,
-        "max_input_len": longest_prompt,
-        "max_output_len": longest_answer,
-        "max_beam_width": settings.max_beam_width,
-        "max_num_tokens": settings.max_num_tokens,
-        "max_prompt_embedding_table_size": settings.max_prompt_embedding_table_size,
-        "kv_cache_fraction": settings.KV_CACHE_FRACTION,
-        "prompt_tokens": bench.PROMPT_TOKENS,
-        "new_tokens": bench.NEW_TOKENS,
-        "requests": settings.REQUESTS,
-        "concurrency": settings.CONCURRENCY,
-        "perplexity": evaluates and longest_prompt >= GPTQ_WINDOW,
-    }
+    inputs = run.stage_result("download")
+    model = json.loads((Path(inputs["model_dir"]) / "config.json").read_text(encoding="utf-8"))
+    return fields_of(run.config, configuration, model, has_text=bool(inputs["text_file"]))
 
 
 def _settings(run: Run) -> TensorRTLLMSettings:
