@@ -11,7 +11,7 @@ from backend.schema import DEMO, parse_yaml
 from ui.draft import FIELDS, FormField, to_control
 
 FOLDER = PROJECT / "examples"
-OF_ALGORITHM = {"AQLM": "aqlm_demo"}
+OF_ALGORITHM = {"AQLM": "aqlm_demo", "TensorRTLLM": "tensorrtllm_demo"}
 """Algorithms whose own defaults are too large for the demo model -> the example whose values suit it."""
 
 

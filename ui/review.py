@@ -110,7 +110,9 @@ def _forecast(config: JobConfig, checked: Checked) -> str:
     path = checked.model.path
     baseline = _facts(str(path)).weight_bytes if path else None
     measures = ["quality"] if config.EVALUATION.ENABLED else []
-    measures += ["speed", "memory"] if config.BENCHMARK.ENABLED else []
+    if config.BENCHMARK.ENABLED:
+        own = config.ALGORITHM == "TensorRTLLM"
+        measures += ["speed and memory in TensorRT-LLM, if it can run here"] if own else ["speed", "memory"]
     sizes = [
         (one.label, _size_text(checked.predicted.get(one.name), baseline), _bits_text(checked.bits.get(one.name)))
         for one in checked.configurations

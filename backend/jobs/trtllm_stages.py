@@ -179,9 +179,8 @@ def _note_run(run: Run, configuration: Configuration) -> None:
     """Save the engine and the reports beside the export, or tell in the job's own words what was not possible."""
     found = result_of(run, RUN_NAME, configuration) or {}
     if blocked := found.get("obstacles"):
-        for one in blocked:
-            names = run.not_possible.setdefault(one["reason"], [])
-            names.append(configuration.name)
+        more = f" (and {len(blocked) - 1} more)" if len(blocked) > 1 else ""
+        run.not_possible.setdefault(f"{blocked[0]['reason']}{more}", []).append(configuration.name)
         run.result["incomplete"] = _incomplete(run)
         return
     work, target = _plan(run, configuration).work, run.target(configuration) / RESULT_FOLDER
@@ -200,14 +199,12 @@ def told_of_run(run: Run, configuration: Configuration) -> dict[str, Any] | None
 
 
 def _incomplete(run: Run) -> str:
-    """Which stages were not possible, why, and what does them elsewhere."""
+    """That stages were not possible, why, and where the commands are that do them elsewhere."""
     every = [one.name for one in run.configurations]
-    why = [
-        reason[:1].upper() + reason[1:] if names == every else f"{', '.join(names)}: {reason}"
-        for reason, names in run.not_possible.items()
-    ]
-    scripts = ", ".join(str(run.target(one) / SCRIPT) for one in run.configurations if run.entry(one) is not None)
+    why = "; ".join(
+        reason if names == every else f"{', '.join(names)}: {reason}" for reason, names in run.not_possible.items()
+    )
     return (
-        "Quantized, exported and measured; building and running in TensorRT-LLM is not possible on this machine. "
-        f"{'. '.join(why)}. To do the rest elsewhere, copy a model's folder there and run its script: {scripts}"
+        "Quantized, exported and measured. Not possible on this machine: building and running in TensorRT-LLM "
+        f"({why}). The commands that do it elsewhere lie beside each model, in {SCRIPT}"
     )

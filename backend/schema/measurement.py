@@ -28,8 +28,8 @@ class CalibrationSettings(BaseModel):
         unit="sequences",
         ge=1,
         le=65536,
-        help="Number of token sequences that calibrate the quantizer. 128 is AutoAWQ's own number. AQLM reads nsamples "
-        "of its own section, unless the file has this key.",
+        help="Number of token sequences that calibrate the quantizer. 128 is AutoAWQ's own number. AQLM and "
+        "TensorRTLLM read it in their own section, unless the file has this key.",
     )
     SEQUENCE_LENGTH: StrictInt = setting(
         512,
@@ -39,7 +39,7 @@ class CalibrationSettings(BaseModel):
         ge=16,
         le=131072,
         help="Tokens per calibration sequence: rows of text are joined and cut to this length, or each is cut there. "
-        "AQLM reads model_seqlen of its own section, unless the file has this key.",
+        "AQLM and TensorRTLLM read it in their own section, unless the file has this key.",
     )
     PACKING: Literal["join", "sample", "full"] = setting(
         "join",
