@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from backend.engines.configurations import Configuration
-from backend.errors import ConfigError, ConfigErrors
+from backend.errors import ConfigError, ConfigErrors, ModelError
 from backend.formats.bits import predicted_modelopt_bits
 from backend.formats.modelopt_layout import ModeloptScheme
 from backend.formats.size import predicted_modelopt_size
+from backend.formats.trtllm_checkpoint import complete_config
 from backend.schema import JobConfig, TensorRTLLMSettings
 from backend.sources.quick_check import QuickFacts
 from backend.tensorrt_llm.methods import ENGINE, METHODS
@@ -36,6 +38,7 @@ def check_fit(facts: QuickFacts, config: JobConfig) -> None:
                 check_widths(facts.linears, settings.awq_block_size, tp_size if mode == ENGINE else 1)
             if mode == ENGINE:
                 engine_lengths(facts.config, settings)
+                _check_positions(facts.config)
         except ConfigError as error:
             problems.setdefault((error.key, error.detail), error)
     if problems:
@@ -73,6 +76,18 @@ def check_widths(shapes: Mapping[str, tuple[int, int]], group_size: int, tp_size
         key=f"{SECTION}.awq_block_size",
         value=group_size,
     )
+
+
+def _check_positions(config: Mapping[str, Any]) -> None:
+    """Refuse rotary positions that engines of TensorRT-LLM would compute in another way than the model.
+
+    Raises:
+        ConfigError: With what they can.
+    """
+    try:
+        complete_config({}, config)
+    except ModelError as error:
+        raise ConfigError(error.message, key="MODEL") from None
 
 
 def engine_lengths(config: Mapping[str, object], settings: TensorRTLLMSettings) -> tuple[int, int]:

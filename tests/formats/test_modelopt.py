@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from backend.engines.modelopt_files import rewrite
 from backend.errors import CheckpointError, ModelError
@@ -105,6 +106,16 @@ def spread(scale: Tensor, shape: torch.Size) -> Tensor:
     if scale.dim() < 2:
         return scale.double().reshape(-1, 1).expand(shape)
     return scale.double().repeat_interleave(shape[1] // scale.shape[1], dim=1)
+
+
+def test_transformers_alone_reads_an_export_wrong_without_a_word(export: Callable[..., Export]) -> None:
+    """Why there is a reader of our own, and why exports are never measured through `from_pretrained`."""
+    made = export("fp8")
+    plain = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32)
+    with torch.no_grad():
+        found = plain(ids()).logits
+    assert difference(found, made.logits) > 0.3
+    assert difference(logits_of(made.folder), made.logits) < 1e-4
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)

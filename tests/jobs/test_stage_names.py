@@ -40,3 +40,14 @@ def test_the_time_of_a_line_is_that_of_all_its_parts():
     assert (seconds(calibrated, alone), seconds(tuned, alone)) == (2.5, None)
     save = next(stage for stage in shown_stages("Native") if stage.label == "Save the model")
     assert seconds(save, {"save": {"wall_s": 1.0}, "publish": {"wall_s": 0.5}}) == 1.5
+
+
+def test_a_tensorrt_jobs_events_are_all_of_a_shown_stage():
+    events = [
+        ("download", ""), ("calibrate", "fp8"), ("quantize", "fp8"), ("save", "fp8"), ("publish", "fp8"),
+        ("evaluate_baseline", ""), ("evaluate_quantized", "fp8"), ("evaluate_fidelity", "fp8"), ("trtllm_build", "fp8"),
+        ("trtllm_bench", "fp8"), ("trtllm_perplexity", "fp8"), ("benchmark", "fp8"), ("report", ""),
+    ]  # fmt: skip
+    places = [index_of("TensorRTLLM", *event) for event in events]
+    assert places == sorted(places) and places[0] == 0 and places[-1] == len(shown_stages("TensorRTLLM")) - 1
+    assert label_of("TensorRTLLM", "trtllm_bench", "") == "Build and run in TensorRT-LLM"
