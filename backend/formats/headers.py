@@ -177,10 +177,30 @@ def _parse(path: Path, raw: bytes) -> tuple[list[TensorInfo], list[tuple[int, in
         raise _bad(path, f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise _bad(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
+    return _described(path, header)
+
+
+def described(file: str, header: Mapping[str, Any]) -> list[TensorInfo]:
+    """The tensors of a header that was read elsewhere, e.g. of a file on the Hub, as strictly as of one here.
+
+    Args:
+        file: Name of the file.
+        header: Tensor name -> `dtype`, `shape` and `data_offsets`.
+
+    Raises:
+        CheckpointError: If an entry is not as the format wants it, or tensors overlap or leave holes.
+    """
+    tensors, spans = _described(Path(file), header)
+    _check_layout(Path(file), spans, max((end for _, end, _ in spans), default=0))
+    return tensors
+
+
+def _described(path: Path, header: Mapping[str, Any]) -> tuple[list[TensorInfo], list[tuple[int, int, str]]]:
     tensors: list[TensorInfo] = []
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
+        if name == "__metadata__":
+            continue
         dtype, shape, (begin, end) = _entry(path, name, entry)
         nbytes = prod(shape) * DTYPE_BYTES[dtype]
         if end - begin != nbytes:

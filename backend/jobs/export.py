@@ -31,7 +31,7 @@ from backend.schema.fields import each
 
 TARGETS = ("yaml", "nyuntam", "llmcompressor", "command")
 OWN_AWQ_KEYS = ("ENGINE", "FORMAT")
-OWN_KEYS = ("TRUST_REMOTE_CODE", "PRIORITY", "MAX_ATTEMPTS", "TIME_LIMIT_HOURS")
+OWN_KEYS = ("REVISION", "TRUST_REMOTE_CODE", "PRIORITY", "MAX_ATTEMPTS", "TIME_LIMIT_HOURS")
 ORIGINAL_METHODS = ("int4_awq", "fp8", "smoothquant", "int8")
 HEAD = "lm_head"
 

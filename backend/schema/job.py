@@ -1,8 +1,8 @@
 """The job file: the guides' top-level YAML keys, with the same names, case and meaning.
 
 Keys that the original system reads are honoured. `JOB_PATH` and `ALGO_TYPE`, which it never reads, are kept
-in the file and marked `ignored`. `CALIBRATION`, `EVALUATION`, `BENCHMARK`, `TRUST_REMOTE_CODE`,
-`PRIORITY`, `MAX_ATTEMPTS` and `TIME_LIMIT_HOURS` are Quantdeck's own.
+in the file and marked `ignored`. `CALIBRATION`, `EVALUATION`, `BENCHMARK`, `REVISION`,
+`TRUST_REMOTE_CODE`, `PRIORITY`, `MAX_ATTEMPTS` and `TIME_LIMIT_HOURS` are Quantdeck's own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ GUIDE_ROOT = "/user_data"
 """Where the TensorRT-LLM guide's container has the user's folder: that of the home, here."""
 JOB_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
+REVISION_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
+
 AlgorithmSettings = AutoAWQSettings | NativeSettings | LLMCompressorSettings | AQLMSettings | TensorRTLLMSettings
 ALGORITHMS: dict[str, type[AlgorithmSettings]] = {
     "AutoAWQ": AutoAWQSettings,
@@ -37,6 +39,11 @@ ALGORITHMS: dict[str, type[AlgorithmSettings]] = {
     "AQLM": AQLMSettings,
     "TensorRTLLM": TensorRTLLMSettings,
 }
+
+
+def is_revision(text: str) -> bool:
+    """Whether a text can name a branch, tag or commit of a repository on the Hub."""
+    return REVISION_PATTERN.fullmatch(text) is not None and ".." not in text and "//" not in text
 
 
 class AlgorithmSections(BaseModel):
@@ -64,6 +71,10 @@ class JobConfig(BaseModel):
     CUSTOM_MODEL_PATH: str | None = setting(
         None, label="Local folder", section="Model", advanced=True,
         help="Folder with config.json and safetensors files, used instead of MODEL's download.",
+    )  # fmt: skip
+    REVISION: str | None = setting(
+        None, label="Revision", section="Model", advanced=True,
+        help="Branch, tag or commit of a Hub model. Empty: the newest of its main branch; a commit never changes.",
     )  # fmt: skip
     TRUST_REMOTE_CODE: StrictBool = setting(
         False, label="Run the model's own code", section="Model", advanced=True,
@@ -174,6 +185,17 @@ class JobConfig(BaseModel):
             raise ValueError(
                 "a job name starts with a letter or digit, has only letters, digits, '.', '_' and '-', "
                 "no '..', and at most 100 characters, since it becomes a folder's name"
+            )
+        return text
+
+    @field_validator("REVISION", mode="before")
+    @classmethod
+    def _revision(cls, value: Any) -> str | None:
+        text = str(value).strip() if isinstance(value, (str, int)) and not isinstance(value, bool) else value
+        if text is not None and (not isinstance(text, str) or not is_revision(text)):
+            raise ValueError(
+                "write a branch, tag or commit: at most 100 letters, digits, '.', '_', '-' and '/', beginning with a "
+                "letter or digit, without '..'; in quotes if it is a number"
             )
         return text
 

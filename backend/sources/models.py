@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from backend.demo import MODEL_DIR
 from backend.errors import ConfigError, ConfigErrors
@@ -132,7 +132,11 @@ def model_facts(folder: Path) -> ModelFacts:
         CheckpointError: If the weight files are missing, truncated, corrupt or pickles.
     """
     config = read_config_json(folder, remote_code=True)  # the job is asked whether it may run it; here nothing is
-    tensors = read_headers(folder)
+    return facts_of(config, read_headers(folder))
+
+
+def facts_of(config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> ModelFacts:
+    """The same from the content of config.json and the tensors of all headers, wherever they were read."""
     by_type: dict[str, int] = {}
     for tensor in tensors:
         by_type[tensor.dtype] = by_type.get(tensor.dtype, 0) + _count(tensor)

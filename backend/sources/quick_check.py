@@ -53,9 +53,19 @@ def quick_check(folder: Path, *, remote_code: bool = False) -> QuickFacts:
         CheckpointError: If weight files are missing, truncated, corrupt or pickles.
     """
     config = read_config_json(folder, remote_code=remote_code)
-    name = (config.get("architectures") or [config.get("model_type") or "this model"])[0]
+    check_config(str(folder), config)
+    return check_tensors(str(folder), config, read_headers(folder))
+
+
+def check_config(model: str, config: Mapping[str, Any]) -> None:
+    """Refuse a model for what its config.json says; part of one, as a list of models has it, is enough.
+
+    Raises:
+        ModelError: If it is quantized already, or of an architecture that is not supported.
+    """
+    name = _architecture(config)
     if config.get("quantization_config"):
-        raise ModelError(f"{folder} is quantized already; give the 16-bit model it was made from")
+        raise ModelError(f"{model} is quantized already; give the 16-bit model it was made from")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{name} cannot be quantized: it is an encoder-decoder model. {SUPPORTED}")
     for key in EXPERT_KEYS:
@@ -65,7 +75,21 @@ def quick_check(folder: Path, *, remote_code: bool = False) -> QuickFacts:
             )
     if config.get("model_type") in CONV1D_TYPES:
         raise ModelError(f"{name} cannot be quantized: its weights are Conv1D modules, not Linears. {SUPPORTED}")
-    headers = drop_tied_head(read_headers(folder), config)
+
+
+def check_tensors(model: str, config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> QuickFacts:
+    """Refuse a model for what its weights are, as its headers tell.
+
+    Args:
+        model: Its folder or name, for messages.
+        config: Its config.json.
+        tensors: Every tensor of its weight files.
+
+    Raises:
+        ModelError: If there are no Linears to quantize, or another number of layers than config.json says.
+    """
+    name = _architecture(config)
+    headers = drop_tied_head(tensors, config)
     found = [t for t in headers if is_layer_linear(t.name, t.shape)]
     if not found:
         raise ModelError(
@@ -74,8 +98,12 @@ def quick_check(folder: Path, *, remote_code: bool = False) -> QuickFacts:
     layers = {int(match.group(1)) for t in found if (match := LAYER.search(t.name))}
     expected = config.get("num_hidden_layers")
     if isinstance(expected, int) and layers != set(range(expected)):
-        raise ModelError(f"{folder} holds the weights of {len(layers)} decoder layers; config.json says {expected}")
-    return QuickFacts(config, headers, {t.name.removesuffix(".weight"): (t.shape[0], t.shape[1]) for t in found})
+        raise ModelError(f"{model} holds the weights of {len(layers)} decoder layers; config.json says {expected}")
+    return QuickFacts(dict(config), headers, {t.name.removesuffix(".weight"): (t.shape[0], t.shape[1]) for t in found})
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    return str((config.get("architectures") or [config.get("model_type") or "this model"])[0])
 
 
 def kept_linears(linears: Mapping[str, tuple[int, int]], recipe: Recipe, layout: str) -> dict[str, str]:
