@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from backend import commands_jobs, commands_machine, commands_served
+from backend import commands_jobs, commands_machine, commands_served, commands_text
 from backend.engines import environments
 from backend.errors import ConfigError, QuantdeckError
 from backend.jobs import export
@@ -48,6 +48,12 @@ def _add_jobs(add: Callable[[str, Handler, str], argparse.ArgumentParser]) -> No
     run.add_argument("--unique", action="store_true", help="if the JOB_ID is taken, number it: NAME-2, NAME-3, ...")
     validate = add("validate", commands_jobs.validate, "check a YAML file without starting anything")
     validate.add_argument("config", help="the job's YAML file")
+    preview = add(
+        "preview", commands_text.preview_text, "show the calibration text of a YAML file as the model sees it"
+    )
+    preview.add_argument("config", help="the job's YAML file")
+    preview.add_argument("--rows", type=_count, default=5, metavar="N", help="rows to print, at most 50 (default: 5)")
+    preview.add_argument("--online", action="store_true", help="fetch the first rows of a dataset of the Hub")
     jobs = add("jobs", commands_jobs.jobs, "list jobs, newest first")
     jobs.add_argument(
         "--state", action="append", choices=(*ACTIVE, *FINAL), help="only jobs in this state; may be repeated"
@@ -95,6 +101,15 @@ def _add_machine(add: Callable[[str, Handler, str], argparse.ArgumentParser]) ->
     removing = actions.add_parser("remove", help="remove an account", parents=[below])
     removing.add_argument("name")
     removing.set_defaults(handler=commands_machine.accounts_remove)
+    token = add("token", commands_machine.token_status, "the token for gated and private models on the Hub")
+    tokens = token.add_subparsers(dest="action")
+    telling = tokens.add_parser("status", help="whether there is one", parents=[below])
+    telling.set_defaults(handler=commands_machine.token_status)
+    storing = tokens.add_parser("set", help="store one; asks for it", parents=[below])
+    storing.add_argument("--token-stdin", action="store_true", help="take it from standard input")
+    storing.set_defaults(handler=commands_machine.token_set)
+    forgetting = tokens.add_parser("clear", help="remove it", parents=[below])
+    forgetting.set_defaults(handler=commands_machine.token_clear)
     engines = add("engines", commands_machine.engines, "list the engines and whether they can run here, or install one")
     installing = engines.add_subparsers(dest="action").add_parser(
         "install", help="build the environment of an engine that needs its own", parents=[below]

@@ -17,6 +17,7 @@ from backend.jobs import doctor
 from backend.jobs.doctor_findings import report
 from backend.jobs.store import JobStore
 from backend.paths import Home
+from backend.sources import hub_token
 
 
 def examine(args: argparse.Namespace, home: Home) -> int:
@@ -67,6 +68,26 @@ def accounts_remove(args: argparse.Namespace, home: Home) -> int:
     """Take an account away."""
     accounts.remove(home, args.name)
     print(f"account {args.name} is removed")
+    return 0
+
+
+def token_status(args: argparse.Namespace, home: Home) -> int:
+    """Whether there is a token for the Hub; nothing of it is told."""
+    print(hub_token.status(home))
+    return 0
+
+
+def token_set(args: argparse.Namespace, home: Home) -> int:
+    """Keep a token for the Hub; it is never an argument, which every user of the machine could read."""
+    token = sys.stdin.readline() if args.token_stdin else getpass.getpass("Token for the Hub: ")
+    hub_token.save(home, token)
+    print("the token is stored; jobs and searches use it from now on")
+    return 0
+
+
+def token_clear(args: argparse.Namespace, home: Home) -> int:
+    """Forget the token for the Hub."""
+    print("the token is removed" if hub_token.clear(home) else "no token was stored")
     return 0
 
 

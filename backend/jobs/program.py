@@ -21,6 +21,7 @@ from backend.jobs.outcomes import StageError, classify, memory_kills
 from backend.jobs.redact import redact
 from backend.paths import PROJECT
 from backend.process import PARENT_VARIABLE, QUIET_THREADS, die_first_of_all, end_descendants, end_tree
+from backend.sources import hub_token
 
 FIRST_POLL_S, POLL_S = 0.01, 0.2
 """Pauses between two looks at a program grow from the first to the second: a short one is not waited for in vain."""
@@ -35,12 +36,14 @@ class Command:
         environment: The environment of its own that this Python belongs to; None if it is ours.
         hub_token: Whether it may see the token for the Hub.
         code_modules: Where the modules of the model's own code are copied to; None: it may not run such code.
+        token_file: Where the home keeps the token for the Hub; without one there, that of our environment is used.
     """
 
     argv: tuple[str, ...]
     environment: str | None = None
     hub_token: bool = False
     code_modules: Path | None = None
+    token_file: Path | None = None
 
     @property
     def module(self) -> str:
@@ -154,6 +157,8 @@ def program_environment(command: Command, device: Mapping[str, str]) -> dict[str
     """
     if command.environment is None:
         allowed = own_variables(hub_token=command.hub_token)
+        if command.hub_token and command.token_file is not None:
+            allowed |= hub_token.variables(command.token_file)
     else:
         allowed = environment_variables(command.environment)
     return {

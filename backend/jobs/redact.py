@@ -155,9 +155,18 @@ def _redactor(values: tuple[str, ...]) -> Redactor:
     return Redactor(values)
 
 
+_remembered: set[str] = set()
+
+
+def remember_secret(value: str) -> None:
+    """Have a secret that this process was given, and that no variable holds, taken out of all text from now on."""
+    _remembered.add(value.strip())
+
+
 def environment_redactor() -> Redactor:
-    """A redactor that knows the secrets of this process's environment."""
-    return _redactor(secret_values(os.environ))
+    """A redactor that knows the secrets of this process's environment, and those it was told to remember."""
+    told = {f"SECRET_{number}": value for number, value in enumerate(sorted(_remembered))}
+    return _redactor(secret_values({**os.environ, **told}))
 
 
 def redact(text: str) -> str:

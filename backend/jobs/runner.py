@@ -43,6 +43,7 @@ from backend.paths import Home
 from backend.process import JOB_VARIABLE, adopt_orphans, end_leftovers, failpoint, hold_lock, process_facts
 from backend.schema import parse_yaml
 from backend.settings import Settings
+from backend.sources import hub_token
 
 CHECK_EVERY_S = 1.0
 DISK_EVERY_S = 5.0
@@ -378,6 +379,7 @@ def main() -> None:
             write_json(run_dir / "runner.json", {**process_facts(), "attempt": attempt})
             end_leftovers(uid)  # of an earlier attempt, before they meet this one's files
             settings = Settings.load(home)
+            hub_token.read(hub_token.token_file(home))  # known to the log before the first line
             with LogWriter(home.log_file(parse_yaml(job.config_yaml).config), settings.jobs) as output:
                 logging.basicConfig(handlers=[LogHandler(output)], level=logging.INFO)
                 runner = Runner(home, job, settings, output)

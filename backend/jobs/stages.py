@@ -25,6 +25,7 @@ from backend.jobs import aqlm_stages, measure, one_program, trtllm_metrics, trtl
 from backend.jobs.program import Command
 from backend.jobs.run import Run
 from backend.jobs.stage import Stage
+from backend.sources import hub_token
 from backend.sources.plan import calibration_source, tuning_source
 
 PREPARE = "backend.sources.prepare"
@@ -86,7 +87,8 @@ def _download(run: Run) -> Command:
         "out": str(run.run_dir / "inputs"),
         "device": run.job.device,
     }
-    return replace(run.program("download", PREPARE, request), hub_token=True)
+    command = run.program("download", PREPARE, request)
+    return replace(command, hub_token=True, token_file=hub_token.token_file(run.home))
 
 
 def _download_key(run: Run) -> str:

@@ -20,12 +20,13 @@ from backend.errors import CheckpointError, ModelError
 from backend.event_stream import EventWriter
 from backend.files import sha256_file
 from backend.formats.config import read_config_json
-from backend.formats.headers import has_only_pickles
+from backend.formats.headers import has_only_pickles, read_headers
 from backend.formats.remote_code import remote_code_allowed
 from backend.paths import Home
 from backend.schema import AQLMSettings, JobConfig, TensorRTLLMSettings, parse_yaml
 from backend.settings import Settings
 from backend.sources.calibration import token_sequences
+from backend.sources.hub_errors import HubUnreachable, hub_error
 from backend.sources.messages import row_encoder
 from backend.sources.models import resolve_model
 from backend.sources.pickles import DOWNLOADED, convert
@@ -40,25 +41,32 @@ BUSY_WAITS_S = (1.0, 4.0, 15.0)
 """How long to wait before the next try when the Hub answers that it is busy or ill."""
 
 
-def download_model(repo_id: str, cache_dir: Path, *, allow_pickle: bool = False) -> tuple[Path, str]:
+def download_model(
+    repo_id: str, cache_dir: Path, revision: str | None = None, *, allow_pickle: bool = False
+) -> tuple[Path, str]:
     """Fetch a model from the Hub, without pickles, and without code unless this process may run it.
 
     Args:
         repo_id: Its name.
         cache_dir: Where downloads are kept.
+        revision: Branch, tag or commit; None for the newest of the main branch.
         allow_pickle: Fetch the pickle files of a model that has no others.
 
     Returns:
         The snapshot folder and its commit.
 
+    Where the Hub cannot be reached, a model is taken from the cache as it is; from the one of huggingface_hub, which
+    other programs fill, if ours does not have it.
+
     Raises:
         ModelError: If it does not exist, is gated, or the network is down; the message says which.
         CheckpointError: If a file arrives broken twice.
     """
+    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    def snapshot(patterns: list[str], revision: str | None = None) -> Path:
+    def snapshot(patterns: list[str], revision: str | None = revision) -> Path:
         for wait_s in (*BUSY_WAITS_S, None):
             try:
                 found = snapshot_download(repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
@@ -89,20 +97,27 @@ def download_model(repo_id: str, cache_dir: Path, *, allow_pickle: bool = False)
                     f"MODEL: {broken[0].name} of {repo_id} was downloaded twice and each time is not what the Hub says "
                     "it is (its checksum differs); check the network or the mirror, then start the job again"
                 )
-    except GatedRepoError:
-        raise ModelError(
-            f"MODEL: {repo_id} is gated: accept its licence on its Hub page, then log in with `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"MODEL: the Hub has no model {repo_id}, or it is private; check the name, or log in with `hf auth login`"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"MODEL: {repo_id} cannot be downloaded: {reason}. Check the network, or give a local folder"
-        ) from None
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        told = hub_error(error, repo_id, revision)
+        if isinstance(told, HubUnreachable) and (kept := _kept_elsewhere(repo_id, revision)) is not None:
+            return kept, kept.name
+        raise told from None
     return folder, folder.name
+
+
+def _kept_elsewhere(repo_id: str, revision: str | None) -> Path | None:
+    """A whole copy of a model in the cache that huggingface_hub keeps for all programs of this user, only read."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(repo_id, revision=revision, cache_dir=constants.HF_HUB_CACHE, local_files_only=True)
+        )
+        read_headers(folder)
+    except (LocalEntryNotFoundError, CheckpointError, OSError):
+        return None
+    return folder if (folder / "config.json").is_file() and not _broken_files(folder) else None
 
 
 def _broken_files(folder: Path) -> list[Path]:
@@ -150,7 +165,9 @@ def prepare(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     commit = None
     model_dir = source.path
     if model_dir is None:
-        model_dir, commit = download_model(source.id, home.cache_dir(config) / "hub", allow_pickle=allow_pickle)
+        model_dir, commit = download_model(
+            source.id, home.cache_dir(config) / "hub", config.REVISION, allow_pickle=allow_pickle
+        )
     if allow_pickle and has_only_pickles(model_dir):
         events.note(stage="download", message="the weights are stored as pickle: converting them to safetensors")
         model_dir = convert(model_dir, out / "model", out)

@@ -1,34 +1,46 @@
-"""A small server on loopback that speaks as much of the Hub's API as downloads need."""
+"""A small server on loopback that speaks as much of the Hub's API as searches and downloads need."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REVISIONS = ("main", "v1.0", COMMIT)
 
 
 @contextmanager
 def hub_server(
-    repos: dict[str, Path], *, gated: tuple[str, ...] = (), faults: list[str] | None = None
+    repos: dict[str, Path],
+    *,
+    gated: tuple[str, ...] = (),
+    faults: list[str] | None = None,
+    token: str | None = None,
+    about: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Iterator[tuple[str, list[str]]]:
     """Serve folders as model repositories.
 
     Args:
         repos: Repository id to folder.
         gated: Ids that answer as gated repositories do.
-        faults: What goes wrong with the next requests for a weight file, in turn: `cut` (the connection ends half
-            way), `wrong` (other bytes of the same number), `503`, `429`.
+        faults: What goes wrong with the next requests for a weight file, or of the API (`api-...`), in turn: `cut`
+            (the connection ends half way), `wrong` (other bytes of the same number), `503`, `429`; `api-429`,
+            `api-junk` (a page that is no JSON), `api-cut`, `api-hang` (no answer until the server ends).
+        token: Opens the gated repositories; any other token is refused with 401.
+        about: What the API tells of a repository besides: downloads, likes, tags, config, ...
 
     Yields:
         The endpoint, and a growing list of the requested paths.
     """
     asked: list[str] = []
+    ended = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -41,15 +53,23 @@ def hub_server(
             self.answer(body=True)
 
         def answer(self, *, body: bool) -> None:
-            path = self.path.split("?")[0].strip("/")
-            asked.append(path)
+            path = urlsplit(self.path).path.strip("/")
+            asked.append(path + self.headers.get("Range", "").replace("bytes=", "#"))
+            given = self.headers.get("Authorization")
+            if token is not None and given not in (None, f"Bearer {token}"):
+                headers = {"X-Error-Message": "Invalid credentials in Authorization header"}
+                return self.send(401, headers, b'{"error": "Invalid credentials"}', body)
+            if path.startswith("api/") and faults and faults[0].startswith("api-"):
+                return self.fail(faults.pop(0).removeprefix("api-"), body)
+            if path == "api/models":
+                return self.found()
             if path.startswith("api/models/"):
                 return self.info(path.removeprefix("api/models/"))
             repo, _, rest = path.partition("/resolve/")
             file = repos.get(repo, Path("/nonexistent")) / rest.partition("/")[2]
-            if repo in gated:
+            if repo in gated and (token is None or given is None):
                 headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."}
-                return self.send(403, headers, b"", body)
+                return self.send(403 if token is None else 401, headers, b"", body)
             if not file.is_file():
                 return self.send(404, {"X-Error-Code": "EntryNotFound"}, b"", body)
             data = file.read_bytes()
@@ -60,22 +80,47 @@ def hub_server(
                 return self.send(int(fault), {"Retry-After": "1"}, b"", body)
             if fault == "wrong":
                 data = bytes(byte ^ 1 for byte in data)
-            start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
-            if "Range" in self.headers:
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            return self.send(206 if "Range" in self.headers else 200, headers, data[start:], body, cut=fault == "cut")
+            if "Range" not in self.headers:
+                return self.send(200, headers, data, body, cut=fault == "cut")
+            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+            part = data[int(first) : int(last) + 1 if last else None]
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+            return self.send(206, headers, part, body, cut=fault == "cut")
+
+        def fail(self, fault: str, body: bool) -> None:
+            if fault == "hang":
+                ended.wait(60)
+                return None
+            if fault == "junk":
+                return self.send(200, {"Content-Type": "text/html"}, b"<html>Log in to this network</html>", body)
+            if fault == "cut":
+                return self.send(200, {"Content-Type": "application/json"}, b'[{"id": "team/sm' * 9, body, cut=True)
+            return self.send(int(fault), {"Retry-After": "1"}, b"", body)
+
+        def found(self) -> None:
+            query = parse_qs(urlsplit(self.path).query)
+            word, limit = query.get("search", [""])[0].lower(), int(query.get("limit", ["1000"])[0])
+            rows = [self.facts(repo) for repo in {**repos, **dict.fromkeys(gated)} if word in repo.lower()]
+            rows.sort(key=lambda row: -row.get("downloads", 0))
+            return self.send(200, {"Content-Type": "application/json"}, json.dumps(rows[:limit]).encode(), True)
+
+        def facts(self, repo: str) -> dict[str, Any]:
+            told = (about or {}).get(repo, {})
+            return {"id": repo, "modelId": repo, "sha": COMMIT, "private": False,
+                    "gated": "manual" if repo in gated else False, **told}  # fmt: skip
 
         def info(self, rest: str) -> None:
-            repo = rest.partition("/revision/")[0].partition("/tree/")[0]
+            repo, _, revision = rest.partition("/tree/")[0].partition("/revision/")
             if repo not in repos and repo not in gated:
                 return self.send(404, {"X-Error-Code": "RepoNotFound"}, b"{}", True)
+            if revision and revision not in REVISIONS:
+                return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}", True)
             folder = repos.get(repo)
             sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())} if folder else {"config.json": 2}
             if "/tree/" in rest:
                 tree = [{"type": "file", "path": n, "size": size, "oid": "0" * 40} for n, size in sizes.items()]
                 return self.send(200, {}, json.dumps(tree).encode(), True)
-            files = [{"rfilename": n} for n in sizes]
-            answer = {"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "siblings": files}
+            answer = {**self.facts(repo), "siblings": [{"rfilename": n} for n in sizes]}
             return self.send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), True)
 
         def send(self, status: int, headers: dict[str, str], data: bytes, body: bool, cut: bool = False) -> None:
@@ -94,5 +139,6 @@ def hub_server(
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked
     finally:
+        ended.set()
         server.shutdown()
         server.server_close()

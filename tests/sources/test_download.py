@@ -1,12 +1,14 @@
 """Downloads through the real Hub client, from a server on loopback."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from backend.demo import MODEL_DIR
 from backend.paths import PROJECT
 from tests.sources.hub_server import COMMIT, hub_server
 
@@ -16,16 +18,16 @@ from pathlib import Path
 from backend.errors import QuantdeckError
 from backend.sources.prepare import download_model
 try:
-    print(*download_model(sys.argv[1], Path(sys.argv[2])), sep="\\n")
+    print(*download_model(sys.argv[1], Path(sys.argv[2]), sys.argv[3] or None), sep="\\n")
 except QuantdeckError as error:
     print("refused:", error.message)
 """
 
 
-def download(endpoint, repo, cache):
+def download(endpoint, repo, cache, revision=""):
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache / "hf"), "HF_HUB_DISABLE_XET": "1"}
     finished = subprocess.run(
-        [sys.executable, "-c", CODE, repo, str(cache / "hub")],
+        [sys.executable, "-c", CODE, repo, str(cache / "hub"), revision],
         cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
@@ -92,4 +94,32 @@ def test_a_file_that_is_never_what_it_should_be_is_not_used(repo, tmp_path):
 
 
 def test_without_network_it_says_so(tmp_path):
-    assert "cannot be downloaded" in download("http://127.0.0.1:9", "team/small", tmp_path)[0]
+    assert "the Hub cannot be reached" in download("http://127.0.0.1:9", "team/small", tmp_path)[0]
+
+
+def test_a_revision_is_asked_for_and_a_wrong_one_is_named(repo, tmp_path):
+    with hub_server({"team/small": repo}) as (endpoint, asked):
+        assert download(endpoint, "team/small", tmp_path, revision="v1.0")[1] == COMMIT
+        assert "api/models/team/small/revision/v1.0" in asked
+        assert f"team/small/resolve/{COMMIT}/model.safetensors" in asked
+        told = download(endpoint, "team/small", tmp_path, revision="absent")[0]
+        assert "team/small has no branch, tag or commit 'absent'" in told
+
+
+def test_without_network_a_model_comes_from_either_cache(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, model)
+    ours, users = tmp_path / "ours", tmp_path / "users"
+    for cache in (ours, users):
+        cache.mkdir()
+    with hub_server({"team/small": model}) as (endpoint, _):
+        first = download(endpoint, "team/small", ours)
+        # what another program of this user fetched into the cache of huggingface_hub
+        code = "import sys; from huggingface_hub import snapshot_download; snapshot_download(sys.argv[1])"
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(users / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        subprocess.run([sys.executable, "-c", code, "team/small"], env=environment, check=True, capture_output=True)
+    assert download("http://127.0.0.1:9", "team/small", ours) == first
+    folder, commit = download("http://127.0.0.1:9", "team/small", users)
+    assert commit == COMMIT and Path(folder).is_relative_to(users / "hf")
+    Path(folder, "model.safetensors").resolve().write_bytes(b"spoilt")
+    assert "the Hub cannot be reached" in download("http://127.0.0.1:9", "team/small", users)[0]
