@@ -14,7 +14,7 @@ from backend.evaluate.compare import RENDERERS, comparison_rows
 from backend.jobs import control, export, launch
 from backend.jobs.follow import follow
 from backend.jobs.preflight import check_job
-from backend.jobs.results import results_of
+from backend.jobs.results import result_object, results_of
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
 from backend.schema import read_yaml
@@ -64,24 +64,6 @@ def _outcome(job: Job, *, as_json: bool) -> int:
         if job.state == "succeeded" and job.reason:
             print(f"\n{job.reason}")
     return 0 if job.state == "succeeded" else 1
-
-
-def result_object(job: Job) -> dict[str, Any]:
-    """A job's outcome as `run --json` prints it."""
-    result = job.result or {}
-    return {
-        "job_id": job.job_id,
-        "state": job.state,
-        "reason": job.reason,
-        "outcome": job.outcome,
-        "artefact": job.artefact,
-        "rows": result.get("rows", []),
-        "results": results_of(result),
-        "timings": result.get("timings", {}),
-        "peak_rss_bytes": result.get("peak_rss_bytes"),
-        "device": result.get("device"),
-        "versions": result.get("versions", {}),
-    }
 
 
 def validate(args: argparse.Namespace, home: Home) -> int:

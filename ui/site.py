@@ -5,6 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 from backend.paths import Home
+from ui.api import add_api
 from ui.chat_pair import ChatPair
 from ui.pages import chat, compare, job, jobs, new_job
 
@@ -13,9 +14,10 @@ UPLOADS_KEPT_S = (3600, 24 * 3600)
 
 
 def build_site(home: Home, pair: ChatPair) -> gr.Blocks:
-    """All pages: `/` jobs, `/new`, `/job?id=`, `/compare?jobs=`, `/chat?job=`."""
+    """All pages, `/` jobs, `/new`, `/job?id=`, `/compare?jobs=`, `/chat?job=`, and the endpoints for programs."""
     with gr.Blocks(title="Quantdeck", analytics_enabled=False, delete_cache=UPLOADS_KEPT_S) as demo:
         jobs.build(demo, home)
+        add_api(home)
     with demo.route("New job", "new", show_in_navbar=False):
         new_job.build(demo, home)
     with demo.route("Job", "job", show_in_navbar=False):

@@ -15,20 +15,21 @@ from backend.paths import Home
 from backend.schema import Document, parse_yaml
 
 
-def submit(home: Home, text: str, *, confined: bool = False) -> Job:
+def submit(home: Home, text: str, *, confined: bool = False, actor: str = "user") -> Job:
     """Check a job file, queue the job and see that the scheduler runs.
 
     Args:
         home: The home.
         text: The YAML.
         confined: True for requests of the web page: local paths must lie inside the home.
+        actor: Who asks, for the job's history.
 
     Raises:
         ConfigErrors: With every problem that can be known before work starts; nothing is stored then.
     """
     document = parse_yaml(text)
     checked = check_job(document.config, home, confined=confined)
-    job = JobStore(home).create(document.dump(), document.config, device=checked.device)
+    job = JobStore(home).create(document.dump(), document.config, device=checked.device, actor=actor)
     launch.ensure_scheduler(home)
     return job
 

@@ -52,3 +52,21 @@ def full_name(job: Job, entry: Mapping[str, Any]) -> str:
     """The job's name, with the configuration's where the job has several."""
     several = len(results_of(job.result)) > 1
     return f"{job.job_id} / {entry['name']}" if several else job.job_id
+
+
+def result_object(job: Job) -> dict[str, Any]:
+    """A job's outcome as `run --json` prints it."""
+    result = job.result or {}
+    return {
+        "job_id": job.job_id,
+        "state": job.state,
+        "reason": job.reason,
+        "outcome": job.outcome,
+        "artefact": job.artefact,
+        "rows": result.get("rows", []),
+        "results": results_of(result),
+        "timings": result.get("timings", {}),
+        "peak_rss_bytes": result.get("peak_rss_bytes"),
+        "device": result.get("device"),
+        "versions": result.get("versions", {}),
+    }

@@ -95,13 +95,14 @@ class JobStore(JobReader):
         )  # fmt: skip
         return at
 
-    def create(self, text: str, config: JobConfig, *, device: str) -> Job:
+    def create(self, text: str, config: JobConfig, *, device: str, actor: str = "user") -> Job:
         """Add a queued job.
 
         Args:
             text: The YAML exactly as submitted.
             config: The same, validated.
             device: `cpu`, `cuda:N` or `cuda:N,M`.
+            actor: Who asks, for the job's history.
 
         Raises:
             ConfigErrors: If a job of that name exists; nothing is changed then.
@@ -133,7 +134,7 @@ class JobStore(JobReader):
                 time_limit_s=hours * 3600.0 if hours is not None else None,
             )  # fmt: skip
             db.insert("jobs", {**vars(job), "progress": "{}", "result": None, "stalled": 0})
-            self._record(db, job, "queued", "user", None, new=True)
+            self._record(db, job, "queued", actor, None, new=True)
         return job
 
     def _free_name(self, db: Connection, config: JobConfig) -> str:
