@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from backend.errors import ConfigError, ConfigErrors, DataError, ModelError
+from backend.errors import ConfigError, ConfigErrors, DataError
 from backend.paths import Home
 from backend.schema import AQLMSettings, JobConfig
 from backend.sources.calibration import Encoder, token_sequences
@@ -22,6 +22,7 @@ from backend.sources.messages import (
 )
 from backend.sources.plan import tuning_source
 from backend.sources.texts import TextSource, check_rows, read_calibration_rows
+from backend.sources.tokenizer_file import tokenizer_of
 from backend.sources.tuning import DATA_KEY, held_out, tuning_sequences
 
 
@@ -90,16 +91,10 @@ def _count(
 ) -> int | None:
     """How many sequences a local text makes; None if that cannot be told without the model's tokenizer."""
     mode = config.calibration.CHAT_TEMPLATE
-    tokenizer_file = model_dir / "tokenizer.json" if model_dir else None
-    if model_dir is None or tokenizer_file is None or not tokenizer_file.is_file():
+    tokenizer = tokenizer_of(model_dir) if model_dir else None
+    if model_dir is None or tokenizer is None:
         check_rows(source)
         return None
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # the package raises plain Exception for a broken file
-        raise ModelError(f"MODEL: {tokenizer_file} is broken: {str(error)[:300]}; get the file again") from None
     has_template = has_chat_template(model_dir)
     templated = False
 

@@ -53,6 +53,23 @@ def no_template_error(label: str) -> DataError:
     )
 
 
+def written_out(tokenizer: Any, row: CalibrationRow) -> str:
+    """A row as the chat template of a transformers tokenizer writes it; plain text is one message of the user.
+
+    Raises:
+        DataError: If the template refuses the conversation.
+    """
+    messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is a program, in a sandbox: it may raise anything
+        raise DataError(
+            f"TEXT_COLUMN: the model's chat template refuses a row with the roles "
+            f"{', '.join(str(m['role']) for m in messages[:6])}: {error}; choose other rows, or set "
+            "CALIBRATION.CHAT_TEMPLATE to off"
+        ) from None
+
+
 def row_encoder(tokenizer: Any, mode: TemplateMode) -> Callable[[Sequence[CalibrationRow]], list[list[int]]]:
     """From rows to token ids with a transformers tokenizer.
 
@@ -62,17 +79,6 @@ def row_encoder(tokenizer: Any, mode: TemplateMode) -> Callable[[Sequence[Calibr
     Raises:
         DataError: While encoding, if the model has no template or it refuses a conversation.
     """
-
-    def rendered(row: CalibrationRow) -> str:
-        messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # a template is a program, in a sandbox: it may raise anything
-            raise DataError(
-                f"TEXT_COLUMN: the model's chat template refuses a row with the roles "
-                f"{', '.join(str(m['role']) for m in messages[:6])}: {error}; choose other rows, or set "
-                "CALIBRATION.CHAT_TEMPLATE to off"
-            ) from None
 
     def encode(rows: Sequence[CalibrationRow]) -> list[list[int]]:
         templated = [needs_template(row, mode) for row in rows]
@@ -84,7 +90,7 @@ def row_encoder(tokenizer: Any, mode: TemplateMode) -> Callable[[Sequence[Calibr
             if not places:
                 continue
             if use_template:
-                texts = [rendered(rows[place]) for place in places]
+                texts = [written_out(tokenizer, rows[place]) for place in places]
             else:
                 texts = [row if isinstance(row, str) else plain_text(row) for row in (rows[p] for p in places)]
             for place, found in zip(

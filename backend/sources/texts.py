@@ -76,6 +76,16 @@ def read_calibration_rows(source: TextSource, cache_dir: Path | None = None) -> 
     return _Picked(source, records)
 
 
+def stream_calibration_rows(source: TextSource, cache_dir: Path | None = None) -> Iterator[CalibrationRow]:
+    """The rows of a Hub dataset from its start, fetched as they are asked for; the dataset is not kept.
+
+    Raises:
+        DataError: As for `read_rows`.
+    """
+    for number, record in enumerate(_hub(source, cache_dir, stream=True)):
+        yield _as_row(source, number, record)
+
+
 def _as_row(source: TextSource, number: int, record: dict[str, Any]) -> CalibrationRow:
     missing = [c for c in source.columns if c not in record]
     if missing:
@@ -207,19 +217,35 @@ def _saved_folder(path: Path, split: str) -> Iterable[dict[str, Any]]:
     return data
 
 
-def _hub(source: TextSource, cache_dir: Path | None) -> Iterable[dict[str, Any]]:
+def _hub(source: TextSource, cache_dir: Path | None, *, stream: bool = False) -> Iterable[dict[str, Any]]:
     import datasets
 
+    cache = str(cache_dir) if cache_dir else None
     try:
-        return datasets.load_dataset(
-            source.name, name=source.subset, split=source.split, cache_dir=str(cache_dir) if cache_dir else None
+        if not stream:
+            return datasets.load_dataset(source.name, name=source.subset, split=source.split, cache_dir=cache)
+        data = datasets.load_dataset(
+            source.name, name=source.subset, split=source.split, cache_dir=cache, streaming=True
         )
+        return _reached(source, data)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"DATASET_NAME: {source.label} cannot be loaded: {reason}. Check the name, subset and split, and the "
-            f"network; or use DATA_PATH, or '{DEMO}' for the built-in text"
-        ) from None
+        raise _not_loaded(source, error) from None
+
+
+def _reached(source: TextSource, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows that come over the network one by one, with what goes wrong on the way said in words."""
+    try:
+        yield from rows
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _not_loaded(source, error) from None
+
+
+def _not_loaded(source: TextSource, error: Exception) -> DataError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return DataError(
+        f"DATASET_NAME: {source.label} cannot be loaded: {reason}. Check the name, subset and split, and the "
+        f"network; or use DATA_PATH, or '{DEMO}' for the built-in text"
+    )
 
 
 def check_rows(source: TextSource, limit: int = 3) -> None:

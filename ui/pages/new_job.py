@@ -17,6 +17,7 @@ from backend.jobs import control
 from backend.paths import Home
 from backend.schema import ALGORITHMS, DEMO, Group, parse_yaml
 from backend.sources.models import list_models
+from ui.datapreview import DataPreview
 from ui.draft import FIELDS, TEMPLATE, Draft, FormField, open_draft
 from ui.examples import demo_values, example_text, examples
 from ui.fields import Form, fields_of, help_text
@@ -24,7 +25,11 @@ from ui.layout import esc, notice, page, title
 from ui.review import Problem, command_html, model_html, review, review_html
 from ui.yamlview import yaml_html
 
-DATASETS = (("Built-in demo text", DEMO), ("wikitext (Hub)", "wikitext"))
+DATASETS = (
+    ("Built-in demo text", DEMO),
+    ("wikitext (Hub)", "wikitext"),
+    ("GSM8K, each question and its answer as one text: the guides' create_dataset (Hub)", "gsm8k_restructured"),
+)
 SUITED = "Its own defaults are the guide's, for models of billions of parameters."
 TUNING_DATASET = "llm.AQLM.FINETUNE_DATA.DATASET_NAME"
 TUNING_DATASETS = (("The calibration text", ""), *DATASETS)
@@ -50,7 +55,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         with gr.Row(elem_classes=["qd-split"]):
             with gr.Column(scale=3, min_width=420):
                 form = Form(first.shown, {"MODEL": models, "DATASET_NAME": DATASETS, TUNING_DATASET: TUNING_DATASETS})
-                facts, sections = _form_sections(form, str(_shown(first, "ALGORITHM")))
+                facts, sections, text_preview = _form_sections(form, str(_shown(first, "ALGORITHM")))
             with gr.Column(scale=2, min_width=340, elem_classes=["qd-side"]):
                 start = gr.Button("Start job", variant="primary", elem_id="start")
                 refused = gr.HTML(visible=False)
@@ -154,6 +159,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         except QuantdeckError as error:
             return "", gr.HTML(notice("error", "The job was not started", error.message), visible=True)
 
+    text_preview.connect(home, draft, controls)
     demo.load(on_load, None, **opening)
     example.input(on_example, [example], **opening)
     form.controls["ALGORITHM"].input(
@@ -187,7 +193,7 @@ def _shown(draft: Draft, key: str) -> Any:
     return next(value for field, value in zip(FIELDS, draft.shown, strict=True) if field.key == key)
 
 
-def _form_sections(form: Form, algorithm: str) -> tuple[gr.HTML, dict[str, gr.Column]]:
+def _form_sections(form: Form, algorithm: str) -> tuple[gr.HTML, dict[str, gr.Column], DataPreview]:
     """Lays out all settings.
 
     Args:
@@ -195,7 +201,8 @@ def _form_sections(form: Form, algorithm: str) -> tuple[gr.HTML, dict[str, gr.Co
         algorithm: The one whose section is shown at first.
 
     Returns:
-        The place for the facts of the chosen model, and the section of each algorithm; hidden ones keep their values.
+        The place for the facts of the chosen model; the section of each algorithm, where hidden ones keep their
+        values; and the preview of the calibration text.
     """
     with gr.Column(elem_classes=["qd-form"]):
         _heading("Model", "What is quantized.")
@@ -212,6 +219,7 @@ def _form_sections(form: Form, algorithm: str) -> tuple[gr.HTML, dict[str, gr.Co
         with gr.Accordion("Local data, format string, order", open=False):
             form.section("Dataset")
             form.section("Calibration")
+        text_preview = DataPreview()
     with gr.Column(elem_classes=["qd-form"]):
         _heading("Algorithm", "How the weights become smaller.")
         form.section("Algorithm")
@@ -231,7 +239,7 @@ def _form_sections(form: Form, algorithm: str) -> tuple[gr.HTML, dict[str, gr.Co
             form.section("Job")
         with gr.Accordion("Keys kept for other programs", open=False):
             form.section("Job", ignored=True)
-    return facts, sections
+    return facts, sections, text_preview
 
 
 def _algorithm_section(form: Form, name: str, *, visible: bool) -> gr.Column:
