@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from backend import commands_jobs, commands_machine, commands_served, commands_text
+from backend import commands_jobs, commands_machine, commands_schema, commands_served, commands_text
 from backend.engines import environments
 from backend.errors import ConfigError, QuantdeckError
 from backend.jobs import export
@@ -48,6 +48,11 @@ def _add_jobs(add: Callable[[str, Handler, str], argparse.ArgumentParser]) -> No
     run.add_argument("--unique", action="store_true", help="if the JOB_ID is taken, number it: NAME-2, NAME-3, ...")
     validate = add("validate", commands_jobs.validate, "check a YAML file without starting anything")
     validate.add_argument("config", help="the job's YAML file")
+    schema = add("schema", commands_schema.schema, "the keys of a job file: all of them, or the help of one")
+    schema.add_argument("key", nargs="?", metavar="KEY", help="e.g. W_BIT, AutoAWQ.W_BIT or llm.AutoAWQ.W_BIT")
+    written = schema.add_mutually_exclusive_group()
+    for name, what in (("markdown", "the whole reference, as in docs/yaml.md"), ("json", "every fact of every key")):
+        written.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=what)
     preview = add(
         "preview", commands_text.preview_text, "show the calibration text of a YAML file as the model sees it"
     )
