@@ -7,11 +7,12 @@ import json
 import sys
 from typing import Any
 
-from backend.errors import ConfigError
+from backend.errors import ConfigError, JobError
 from backend.evaluate import published
 from backend.evaluate.combined import combined_table
 from backend.evaluate.compare import RENDERERS, comparison_rows
 from backend.jobs import control, export, launch
+from backend.jobs.bundle import bundle
 from backend.jobs.follow import follow
 from backend.jobs.preflight import check_job
 from backend.jobs.results import result_object, results_of
@@ -117,7 +118,18 @@ def compare(args: argparse.Namespace, home: Home) -> int:
 
 
 def export_job(args: argparse.Namespace, home: Home) -> int:
-    """A job's settings for another program."""
+    """A job's settings for another program; as a bundle, a zip file with all that makes its result again."""
+    if (args.to == "bundle") != bool(args.output):
+        raise ConfigError("`--to bundle` and `-o FILE.zip` go together", key="--to", value=args.to)
+    if args.to == "bundle":
+        content = bundle(JobStore(home).get(args.job_id))
+        try:
+            with open(args.output, "xb") as stream:
+                stream.write(content)
+        except OSError as error:
+            raise JobError(f"{args.output} cannot be written: {error.strerror}") from error
+        print(args.output)
+        return 0
     print(export.export_text(JobStore(home).get(args.job_id).config_yaml, args.to), end="")
     return 0
 

@@ -1,4 +1,4 @@
-"""What can be downloaded of a job: its YAML, its log, its numbers, and the files of its models.
+"""What can be downloaded of a job: its YAML, its log, its numbers, its bundle, and the files of its models.
 
 A request names a job by its id and a file by its name; where that lies is looked up, never taken from the request.
 Everything is sent as an attachment that a browser does not open.
@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from backend.errors import QuantdeckError
 from backend.evaluate.compare import RENDERERS, comparison_rows
 from backend.jobs import control
+from backend.jobs.bundle import bundle
 from backend.jobs.logs import files
 from backend.jobs.results import results_of
 from backend.jobs.store import Job, JobStore
@@ -80,6 +81,18 @@ def add_downloads(app: FastAPI, home: Home) -> None:
         return StreamingResponse(
             files.read_all(path), media_type="text/plain; charset=utf-8", headers=attachment(f"{job.job_id}.log")
         )
+
+    @app.get("/download/{uid}.zip")
+    def reproduce(uid: str) -> Response:
+        """All that makes the job's result again, without the weights."""
+        job = _job(home, uid)
+        if job is None:
+            return _missing()
+        try:
+            content = bundle(job)
+        except QuantdeckError as error:
+            return PlainTextResponse(error.message, status_code=404)
+        return Response(content, media_type="application/zip", headers=attachment(f"{job.job_id}.zip"))
 
     @app.get("/download/{uid}.{kind}")
     def numbers(uid: str, kind: str) -> Response:

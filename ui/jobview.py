@@ -150,6 +150,9 @@ def actions(job: Job, *, here: bool) -> str:
     buttons.append(
         link("YAML", f"/download/{job.uid}.yaml", title="Download the job file", download=f"{job.job_id}.yaml")
     )
+    if here and job.state == "succeeded":
+        hint = "Download all that makes this result again: job file, versions, seed, command, checksums; no weights"
+        buttons.append(link("Reproduce", f"/download/{job.uid}.zip", title=hint, download=f"{job.job_id}.zip"))
     if job.state in CANCELLABLE:
         ask = f"Cancel job {job.job_id}? What it has finished is kept, and it can be resumed later."
         buttons.append(action("Cancel", "cancel", job.uid, kind="danger", confirm=ask))

@@ -25,6 +25,7 @@ PARTS = (
     "head",
     "facts",
     "result",
+    "ran",
     "stages",
     "notes",
     "made",

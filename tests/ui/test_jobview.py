@@ -84,7 +84,7 @@ def buttons(html):
 )
 def test_only_what_makes_sense_is_offered(state, offered):
     assert buttons(jobview.actions(job(state), here=False)) == {"Open", "Clone", "YAML"} | offered
-    more = {"Chat with both", "Measure again"} if state == "succeeded" else set()
+    more = {"Chat with both", "Measure again", "Reproduce"} if state == "succeeded" else set()
     assert buttons(jobview.actions(job(state), here=True)) == {"Clone", "YAML"} | offered | more
 
 
