@@ -13,7 +13,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -201,6 +201,15 @@ class Document:
     def values(self) -> dict[str, Any]:
         """The whole file as plain values, unknown keys included."""
         return _plain(self._tree)
+
+    def line_of(self, path: Sequence[str]) -> int | None:
+        """Where a key stands in the text that was read, lines from 0; None if it does not stand there."""
+        node: Any = self._tree
+        for key in path[:-1]:
+            node = node.get(key) if isinstance(node, Mapping) else None
+        if not isinstance(node, CommentedMap) or path[-1] not in node or path[-1] not in (node.lc.data or {}):
+            return None
+        return int(node.lc.key(path[-1])[0])
 
     @property
     def config(self) -> JobConfig:

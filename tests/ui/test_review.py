@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import re
+
 import pytest
 
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.schema import parse_yaml
+from ui.differences import differences
 from ui.draft import TEMPLATE, open_draft
 from ui.pages.new_job import as_markdown, messages_by_key
 from ui.review import model_html, review, review_html
@@ -73,3 +77,23 @@ def test_comments_and_keys_are_told_apart():
     html = yaml_html('# top\nKEY: "a # b"  # note\n', "x.yaml", "File")
     assert "<i># top</i>" in html and "<i># note</i>" in html
     assert "<b>KEY</b>: &quot;a # b&quot;" in html
+
+
+def test_settings_that_differ_from_the_defaults_are_marked_and_named():
+    text = TEMPLATE.replace("W_BIT: 4", "W_BIT: 3") + "CALIBRATION:\n  PACKING: sample # note\n  SAMPLES: 128\nOWN: 1\n"
+    found = {one.key: one for one in differences(text)}
+    assert found["llm.AutoAWQ.W_BIT"].default == "4" and found["CALIBRATION.PACKING"].default == "join"
+    assert not set(found) & {"MODEL", "JOB_ID", "llm.AutoAWQ.Q_GROUP_SIZE", "CALIBRATION.SAMPLES", "SPLIT", "OWN"}
+    lines = text.splitlines()
+    assert lines[found["llm.AutoAWQ.W_BIT"].line].strip() == "W_BIT: 3"
+    shown = yaml_html(text, "x.yaml", "File", differences(text))
+    assert '<mark class="qd-differs" title="default: join">  <b>PACKING</b>: sample <i># note</i></mark>' in shown
+    assert shown.count("<mark") == len(found)
+    assert f"{len(found)} settings differ from the defaults" in shown and "llm.AutoAWQ.W_BIT (default: 4)" in shown
+    assert "<mark" not in yaml_html(text, "x.yaml", "File") and differences("a: [") == []
+
+
+def test_the_marked_file_is_copied_as_it_is():
+    text = TEMPLATE.replace("W_BIT: 4", "W_BIT: 3")
+    shown = yaml_html(text, "x.yaml", "File", differences(text)).split('tabindex="0">')[1].split("</pre>")[0]
+    assert html.unescape(re.sub("<[^>]+>", "", shown)) == text.rstrip()

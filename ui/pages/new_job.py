@@ -18,6 +18,7 @@ from backend.paths import Home
 from backend.schema import ALGORITHMS, DEMO, Group, parse_yaml
 from backend.sources.models import list_models
 from ui.datapreview import DataPreview
+from ui.differences import differences
 from ui.draft import FIELDS, TEMPLATE, Draft, FormField, open_draft
 from ui.examples import demo_values, example_text, examples
 from ui.fields import Form, fields_of, help_text
@@ -136,7 +137,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         found = review(home, now, values)
         wrong = messages_by_key(found.problems)
         marks = [mark(field, wrong.get(field.key), before.get(field.key)) for field in FIELDS]
-        shown = yaml_html(found.text, found.file_name, "Job file, as it will be saved")
+        shown = yaml_html(found.text, found.file_name, "Job file, as it will be saved", differences(found.text))
         return [review_html(found), shown, command_html(found), wrong, *marks]
 
     def on_algorithm(chosen: str | None) -> list[Any]:
