@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from ui.layout import card, esc, link
 Entry = Mapping[str, Any]
 VLLM_BITS = (4, 8)
 MAX_NAMES = 6
+SHA256 = re.compile(r"[0-9a-f]{64}")
+SHOWN = 12  # characters of a checksum
 
 
 def made(uid: str, entries: Sequence[Entry]) -> str:
@@ -39,9 +43,10 @@ def _folded(heading: str, body: str) -> str:
 
 def _artefact(uid: str, entry: Entry) -> str:
     folder = Path(str(entry["artefact"]))
+    sums = checksums(entry)
     listed = "".join(
         f'<tr><td class="qd-mono"><a href="{esc(download_path(uid, entry, name))}" download>{esc(name)}</a></td>'
-        f'<td class="qd-num">{size(n_bytes)}</td></tr>'
+        f'<td class="qd-num">{size(n_bytes)}</td><td class="qd-mono">{_short(sums.get(name))}</td></tr>'
         for name, n_bytes in files_of(folder)
     )
     code = (
@@ -52,7 +57,8 @@ def _artefact(uid: str, entry: Entry) -> str:
     chat = link("Chat with it", f"/chat?job={uid}&configuration={name}") if name else ""
     return (
         f'<div class="qd-row-between"><p class="qd-mono qd-small">{esc(folder)}</p>{chat}</div>'
-        '<div class="qd-scroll"><table class="qd-table"><thead><tr><th>File</th><th class="qd-num">Size</th></tr>'
+        '<div class="qd-scroll"><table class="qd-table"><thead><tr><th>File</th><th class="qd-num">Size</th>'
+        "<th>SHA-256</th></tr>"
         f"</thead><tbody>{listed}</tbody></table></div>"
         f'<h2 style="margin-top:18px">Load it</h2><pre class="qd-log">{esc(code)}</pre>{_serving(folder)}'
     )
@@ -72,6 +78,18 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
         return sorted((name, (folder / name).stat().st_size) for name in names if (folder / name).is_file())
     except (OSError, ValueError, TypeError):
         return []
+
+
+def checksums(entry: Entry) -> dict[str, str]:
+    """The SHA-256 of each file as it was published, by its name; what was stored wrongly is left out."""
+    files = (entry.get("manifest") or {}).get("files") or {}
+    found = {name: str((facts or {}).get("sha256") or "") for name, facts in files.items()}
+    return {name: digest for name, digest in found.items() if SHA256.fullmatch(digest)}
+
+
+def _short(digest: str | None) -> str:
+    """The beginning of a checksum, the whole of it where the pointer rests; a job's bundle has them all."""
+    return f'<span title="{digest}">{digest[:SHOWN]}…</span>' if digest else ""
 
 
 def _stated(folder: Path) -> dict[str, Any]:
@@ -113,6 +131,12 @@ def _serving(folder: Path) -> str:
     else:
         shown = " and ".join(str(b) for b in sorted(bits))
         text = f"vLLM serves packed weights of 4 and 8 bits only, these have {shown}; load them as above."
+    if stated.get("quant_method") == "compressed-tensors":
+        arguments = shlex.quote(f"pretrained={folder}")
+        text += (
+            " With transformers and the compressed-tensors package, <code>AutoModelForCausalLM.from_pretrained</code>; "
+            f"and so lm-eval: <code>{esc(f'lm_eval --model hf --model_args {arguments} --tasks arc_challenge')}</code>"
+        )
     return f'<p class="qd-muted qd-small">{text}</p>'
 
 

@@ -318,6 +318,20 @@ def test_files_and_serving_depend_on_the_bits(tmp_path):
     assert "vllm serve" not in html and "NUMBA_NUM_THREADS=1" in html
 
 
+def test_files_stand_beside_their_checksums_and_transformers_formats_name_lm_eval(tmp_path):
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "compressed-tensors"}}))
+    (folder / "other.txt").write_text("x")
+    digest = "0123456789ab" + "c" * 52
+    files = {"config.json": {"bytes": 1, "sha256": digest}, "other.txt": {"sha256": EVIL}}
+    html = madeview.made("0123", [entry("w4", artefact=str(folder), manifest={"files": files})])
+    assert f'<span title="{digest}">0123456789ab…</span>' in html and html.count("…</span>") == 1
+    assert EVIL not in html and "lm_eval --model hf --model_args &#x27;pretrained=" in html
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq", "bits": 4}}))
+    assert "lm_eval" not in madeview.made("0123", [entry("w4", artefact=str(folder))])
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"quantization_config": 5}', '{"quantization_config": {"bits": "x"}}'])
 def test_a_model_that_was_damaged_since_does_not_break_the_page(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
