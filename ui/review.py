@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 from backend.engines.aqlm_plan import TUNED
 from backend.errors import ConfigError, ConfigErrors, ModelError, QuantdeckError
 from backend.jobs.devices import describe_device
+from backend.jobs.estimate import Estimate, estimate
 from backend.jobs.preflight import Checked, check_job
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.schema import JobConfig
 from backend.sources.models import ModelFacts, model_facts, resolve_model
 from ui.draft import FIELDS, Draft, FormField, merge
-from ui.format import count, size
+from ui.format import count, duration, size
 from ui.layout import REMOTE_CODE, card, esc, facts, notice
 
 FROM_ONE_PASS = "from one pass over the calibration text"
@@ -36,6 +38,7 @@ class Review:
         problems: Everything that keeps the job from starting.
         warnings: What is odd but allowed.
         checked: What the checks against model, text and machine found; None if there are problems.
+        expected: What an earlier job lets one expect; None if there is none to go by.
     """
 
     text: str
@@ -43,6 +46,7 @@ class Review:
     problems: tuple[Problem, ...]
     warnings: tuple[str, ...]
     checked: Checked | None
+    expected: Estimate | None = None
 
     @property
     def file_name(self) -> str:
@@ -64,7 +68,14 @@ def review(home: Home, draft: Draft, values: Sequence[Any]) -> Review:
     if config is not None and (free := JobStore(home).free_name(config)) != config.JOB_ID:
         message = f"found {config.JOB_ID!r}, which another job has; {free!r} is free"
         problems.append(_problem(ConfigError(message, key="JOB_ID")))
-    return Review(text, config, tuple(problems), tuple(document.warnings), None if problems else checked)
+    if problems or config is None or checked is None:
+        return Review(text, config, tuple(problems), tuple(document.warnings), None)
+    expected = None
+    with suppress(QuantdeckError):  # weights that are converted first cannot be measured yet
+        if checked.model.path is not None:
+            weights = _facts(str(checked.model.path)).weight_bytes
+            expected = estimate(home, config, weights, checked.device)
+    return Review(text, config, (), tuple(document.warnings), checked, expected)
 
 
 def _problem(error: ConfigError) -> Problem:
@@ -87,7 +98,7 @@ def review_html(found: Review) -> str:
             f"<ul>{items}</ul></div>"
         )
     elif found.checked is not None and found.config is not None:
-        parts.append(card(_forecast(found.config, found.checked), "What this job will do"))
+        parts.append(card(_forecast(found.config, found.checked, found.expected), "What this job will do"))
     if found.warnings:
         items = "".join(f"<li>{esc(warning)}</li>" for warning in found.warnings)
         parts.append(f'<div class="qd-notice qd-warn"><strong>Worth knowing</strong><ul>{items}</ul></div>')
@@ -106,7 +117,7 @@ def _named(problem: Problem) -> str:
     return f"<b>{name}</b>: {esc(message)}"
 
 
-def _forecast(config: JobConfig, checked: Checked) -> str:
+def _forecast(config: JobConfig, checked: Checked, expected: Estimate | None) -> str:
     path = checked.model.path
     baseline = _facts(str(path)).weight_bytes if path else None
     measures = ["quality"] if config.EVALUATION.ENABLED else []
@@ -130,11 +141,20 @@ def _forecast(config: JobConfig, checked: Checked) -> str:
         ("Device", describe_device(checked.device)),
         *results,
         ("Calibration", f"{config.calibration.SAMPLES} x {config.calibration.SEQUENCE_LENGTH} tokens"),
+        ("Time and memory", _expected_text(expected)),
         ("Measured after", ", ".join(["size", *measures])),
         ("Saved in", " and ".join([folder] if not own else [f"{folder}/{own[0]}", *own[1:]])),
     ]
     notes = "".join(f'<p class="qd-muted qd-small" style="margin:10px 0 0">{esc(note)}</p>' for note in checked.notes)
     return (notice("error", *REMOTE_CODE) if config.TRUST_REMOTE_CODE else "") + facts(rows) + notes
+
+
+def _expected_text(expected: Estimate | None) -> str:
+    """What an earlier job lets one expect, with the job as the basis."""
+    if expected is None:
+        return "no basis yet: no finished job with these settings of the algorithm on this device"
+    memory = f", peak memory {size(expected.peak_bytes)}" if expected.peak_bytes else ""
+    return f"about {duration(expected.seconds)} to quantize{memory}, going by job {expected.basis}"
 
 
 def _bits_text(bits: float | None) -> str:

@@ -7,9 +7,12 @@ import re
 
 import pytest
 
+from backend.demo import MODEL_DIR
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.schema import parse_yaml
+from backend.sources.models import model_facts
+from tests.security.site import finish
 from ui.differences import differences
 from ui.draft import TEMPLATE, open_draft
 from ui.pages.new_job import as_markdown, messages_by_key
@@ -97,3 +100,21 @@ def test_the_marked_file_is_copied_as_it_is():
     text = TEMPLATE.replace("W_BIT: 4", "W_BIT: 3")
     shown = yaml_html(text, "x.yaml", "File", differences(text)).split('tabindex="0">')[1].split("</pre>")[0]
     assert html.unescape(re.sub("<[^>]+>", "", shown)) == text.rstrip()
+
+
+def test_time_and_memory_are_told_from_an_earlier_job_only(home):
+    first = looked_at(home, TEMPLATE)
+    assert "no basis yet" in review_html(first)
+    job = JobStore(home).create(TEMPLATE, first.config, device=first.checked.device)
+    weights = model_facts(MODEL_DIR).weight_bytes
+    rows = [{"metric": "size", "baseline": weights, "quantized": weights // 3}]
+    timings = {"download": {"wall_s": 5.0}, "calibrate": {"wall_s": 20.0}, "quantize": {"wall_s": 10.0},
+               "evaluate_baseline": {"wall_s": 99.0}}  # fmt: skip
+    result = {"rows": rows, "timings": timings, "peak_rss_bytes": 2_000_000_000}
+    finish(home, job, result)
+    again = TEMPLATE.replace("my-first-job", "second")
+    told = review_html(looked_at(home, again))
+    assert "about 30 s to quantize, peak memory 2.00 GB, going by job my-first-job" in told
+    twice = looked_at(home, again + "CALIBRATION: {SAMPLES: 64, SEQUENCE_LENGTH: 2048}\n")
+    assert "about 1 min 00 s to quantize, going by" in review_html(twice)
+    assert "no basis yet" in review_html(looked_at(home, again.replace("W_BIT: 4", "W_BIT: 3")))
