@@ -113,9 +113,13 @@ def test_a_websocket_is_refused(site, open_site):
         assert status in (400, 401, 404, 422)
 
 
-def test_no_handler_is_in_the_public_api(ada, site):
-    assert ada.get("/gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
-    assert {fn.api_visibility for fn in site.blocks.fns.values()} == {"private"}
+def test_no_handler_of_a_page_is_in_the_public_api(ada, site):
+    told = ada.get("/gradio_api/info").json()
+    endpoints = {"submit", "status", "cancel", "result", "list_jobs", "export"}
+    assert set(told["named_endpoints"]) == {f"/{name}" for name in endpoints} and not told["unnamed_endpoints"]
+    assert {fn.api_name for fn in site.blocks.fns.values() if fn.api_visibility != "private"} == endpoints
+    with site.client() as stranger:
+        assert stranger.get("/gradio_api/info").status_code == 401
 
 
 # -- accounts and addresses
