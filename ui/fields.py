@@ -11,7 +11,7 @@ from gradio.components import Component
 from ui.draft import FIELDS, UNSET, FormField
 
 ROW = 2  # controls side by side
-MOST_BUTTONS = 4  # choices shown side by side; more are a list to open
+MOST_BUTTONS = 5  # choices shown side by side; more are a list to open
 
 
 def elem_id(field: FormField) -> str:
