@@ -17,6 +17,7 @@ PAGES = (
     ("new", "New job", "/new"),
     ("compare", "Compare", "/compare"),
     ("chat", "Chat", "/chat"),
+    ("engines", "Engines", "/engines"),
 )
 
 _MARK = (

@@ -75,7 +75,7 @@ def obstacles(
         weight_bytes = max((stored_bytes(folder) for folder in (plan.model, plan.checkpoint)), default=0)
     found = _gpu_obstacles(plan, all_stages, numbers, weight_bytes)
     if chosen_executor(executor, settings) == "environment":
-        found += _environment_obstacles(plan, settings, all_stages)
+        found += _environment_obstacles(settings, all_stages, builds=plan.mode == ENGINE)
     else:
         found += _docker_obstacles(settings, all_stages)
     free, wanted = free_bytes(plan.engine), int(weight_bytes * ENGINE_ROOM)
@@ -87,6 +87,14 @@ def obstacles(
             )
         )  # fmt: skip
     return found
+
+
+def executor_obstacles(executor: str, settings: TensorRTLLMRunSettings) -> list[Obstacle]:
+    """What keeps `environment` or `docker` from running anything here, whatever the job; asks docker's daemon."""
+    everything = (BUILD, BENCH, PERPLEXITY)
+    if executor == "environment":
+        return _environment_obstacles(settings, everything, builds=True)
+    return _docker_obstacles(settings, everything)
 
 
 def stages(plan: RunPlan) -> tuple[str, ...]:
@@ -179,7 +187,7 @@ def _driver_obstacles(all_stages: tuple[str, ...], used: Sequence[Gpu]) -> list[
 
 
 def _environment_obstacles(
-    plan: RunPlan, settings: TensorRTLLMRunSettings, all_stages: tuple[str, ...]
+    settings: TensorRTLLMRunSettings, all_stages: tuple[str, ...], *, builds: bool
 ) -> list[Obstacle]:
     if not settings.environment:
         return [
@@ -189,7 +197,7 @@ def _environment_obstacles(
             )
         ]  # fmt: skip
     folder = Path(settings.environment)
-    programs = ["trtllm-bench", *(["trtllm-build"] if plan.mode == ENGINE else []), "python3"]
+    programs = ["trtllm-bench", *(["trtllm-build"] if builds else []), "python3"]
     missing = [name for name in programs if not os.access(folder / "bin" / name, os.X_OK)]
     if missing:
         return [

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 # -- closed by default
 
 
-PAGES = ["/", "/new", "/job?id=x", "/compare", "/chat"]
+PAGES = ["/", "/new", "/job?id=x", "/compare", "/chat", "/engines"]
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -68,7 +68,7 @@ def test_no_route_answers_a_stranger_but_the_login(site):
                 if path in ("/login", "/login/style.css"):
                     continue
                 assert status in (303, 401, 404, 405), f"{method} {path}: {status}"
-                assert status != 303 or path in ("/", "/new", "/job", "/compare", "/chat"), path
+                assert status != 303 or path in ("/", "/new", "/job", "/compare", "/chat", "/engines"), path
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def site(tmp_path_factory):
 
 
 def test_all_pages_are_there(site):
-    assert [path for path, *_ in site.pages] == ["", "new", "job", "compare", "chat"]
+    assert [path for path, *_ in site.pages] == ["", "new", "job", "compare", "chat", "engines"]
 
 
 def test_every_setting_has_a_control_with_help_and_unit(site):
