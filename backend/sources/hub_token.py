@@ -19,7 +19,7 @@ from backend.files import write_json
 from backend.jobs.redact import remember_secret
 from backend.paths import Home
 
-SHAPE = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")
+SHAPE = re.compile(r"[A-Za-z0-9._-]{8,512}")
 
 
 def token_file(home: Home) -> Path:
@@ -36,8 +36,8 @@ def save(home: Home, token: str) -> None:
     token = token.strip()
     if not SHAPE.fullmatch(token):
         raise ConfigError(
-            f"the text of {len(token)} characters is no token; one has 8 to 512 letters, digits and '._~+/=-', and "
-            "those of the Hub begin with 'hf_'. Copy it again from Settings, Access Tokens, on the Hub",
+            f"the text of {len(token)} characters is no token; one has 8 to 512 letters, digits, dots, '_' and '-', "
+            "and those of the Hub begin with 'hf_'. Copy it again from Settings, Access Tokens, on the Hub",
             key="token",
         )
     remember_secret(token)

@@ -101,7 +101,7 @@ def hub_server(
             query = parse_qs(urlsplit(self.path).query)
             word, limit = query.get("search", [""])[0].lower(), int(query.get("limit", ["1000"])[0])
             rows = [self.facts(repo) for repo in {**repos, **dict.fromkeys(gated)} if word in repo.lower()]
-            rows.sort(key=lambda row: -row.get("downloads", 0))
+            rows.sort(key=lambda row: -n if isinstance(n := row.get("downloads"), int) else 0)
             return self.send(200, {"Content-Type": "application/json"}, json.dumps(rows[:limit]).encode(), True)
 
         def facts(self, repo: str) -> dict[str, Any]:

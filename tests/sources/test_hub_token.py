@@ -13,7 +13,7 @@ from backend.jobs.redact import redact
 from backend.paths import PROJECT
 from backend.sources import hub_token
 
-TOKEN = "example-of.a+token/1234567890"  # without the shape that every log knows
+TOKEN = "example-of.a_token-1234567890"  # without the shape that every log knows
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_only_programs_that_may_see_it_get_it_and_it_goes_before_the_environment
 
 
 def test_text_of_whoever_read_it_is_redacted(home):
-    other = "another.token/abcdefgh"
+    other = "another.token-abcdefgh"
     hub_token.save(home, TOKEN)
     hub_token.token_file(home).write_text(hub_token.token_file(home).read_text().replace(TOKEN, other))
     assert other in redact(f"GET with {other}")

@@ -23,7 +23,8 @@ from ui.draft import FIELDS, TEMPLATE, Draft, FormField, open_draft
 from ui.examples import demo_values, example_text, examples
 from ui.fields import Form, fields_of, help_text
 from ui.layout import esc, notice, page, title
-from ui.review import Problem, command_html, model_html, review, review_html
+from ui.modelpicker import ModelPicker
+from ui.review import Problem, command_html, review, review_html
 from ui.yamlview import yaml_html
 
 DATASETS = (
@@ -56,7 +57,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         with gr.Row(elem_classes=["qd-split"]):
             with gr.Column(scale=3, min_width=420):
                 form = Form(first.shown, {"MODEL": models, "DATASET_NAME": DATASETS, TUNING_DATASET: TUNING_DATASETS})
-                facts, sections, text_preview = _form_sections(form, str(_shown(first, "ALGORITHM")))
+                picker, sections, text_preview = _form_sections(form, str(_shown(first, "ALGORITHM")))
             with gr.Column(scale=2, min_width=340, elem_classes=["qd-side"]):
                 start = gr.Button("Start job", variant="primary", elem_id="start")
                 refused = gr.HTML(visible=False)
@@ -148,9 +149,6 @@ def build(demo: gr.Blocks, home: Home) -> None:
         said = gr.HTML(notice("info", f"{chosen} with sizes that suit the demo model", SUITED), visible=True)
         return [said if found else gr.skip(), *(found.get(field.key, gr.skip()) for field in FIELDS)]
 
-    def describe_model(model: str, custom_path: str) -> str:
-        return model_html(home, model, custom_path)
-
     def on_start(now: Draft, *values: Any) -> tuple[Any, Any]:
         found = review(home, now, values)
         try:
@@ -179,11 +177,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         on_algorithm, [form.controls["ALGORITHM"]], list(sections.values()),
         trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
     )  # fmt: skip
-    gr.on(
-        [demo.load, form.controls["MODEL"].change, form.controls["CUSTOM_MODEL_PATH"].change],
-        describe_model, [form.controls["MODEL"], form.controls["CUSTOM_MODEL_PATH"]], [facts],
-        trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
-    )  # fmt: skip
+    picker.connect(demo, home, form.controls)
     start.click(
         on_start, [draft, *controls], [created, refused], show_progress="minimal", api_visibility="private"
     ).success(None, [created], None, js=GO_TO_JOB, api_visibility="private")
@@ -194,7 +188,7 @@ def _shown(draft: Draft, key: str) -> Any:
     return next(value for field, value in zip(FIELDS, draft.shown, strict=True) if field.key == key)
 
 
-def _form_sections(form: Form, algorithm: str) -> tuple[gr.HTML, dict[str, gr.Column], DataPreview]:
+def _form_sections(form: Form, algorithm: str) -> tuple[ModelPicker, dict[str, gr.Column], DataPreview]:
     """Lays out all settings.
 
     Args:
@@ -202,13 +196,13 @@ def _form_sections(form: Form, algorithm: str) -> tuple[gr.HTML, dict[str, gr.Co
         algorithm: The one whose section is shown at first.
 
     Returns:
-        The place for the facts of the chosen model; the section of each algorithm, where hidden ones keep their
+        The picker of the model; the section of each algorithm, where hidden ones keep their
         values; and the preview of the calibration text.
     """
     with gr.Column(elem_classes=["qd-form"]):
         _heading("Model", "What is quantized.")
         form.one("MODEL")
-        facts = gr.HTML(elem_id="model-facts")
+        picker = ModelPicker()
         with gr.Accordion("Local folder, the model's own code", open=False):
             form.section("Model")
     with gr.Column(elem_classes=["qd-form"]):
@@ -240,7 +234,7 @@ def _form_sections(form: Form, algorithm: str) -> tuple[gr.HTML, dict[str, gr.Co
             form.section("Job")
         with gr.Accordion("Keys kept for other programs", open=False):
             form.section("Job", ignored=True)
-    return facts, sections, text_preview
+    return picker, sections, text_preview
 
 
 def _algorithm_section(form: Form, name: str, *, visible: bool) -> gr.Column:
