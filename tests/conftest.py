@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from backend.paths import PROJECT, Home
 from backend.schema import new_document
+
+# Pages ask the Hub what a named model is; in tests nobody answers, unless a test serves one on loopback.
+os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")
 
 EXAMPLES = PROJECT / "examples"
 
