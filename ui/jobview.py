@@ -176,7 +176,9 @@ def stage_list(job: Job) -> str:
         if job.state == "succeeded" and spent is None:
             continue  # a stage that this job did not need
         kind, detail, mark = "qd-todo", "", ""
-        if i < index:
+        if job.state == "succeeded" and "trtllm_bench" in stage.names and (job.result or {}).get("incomplete"):
+            took, detail = "", '<div class="qd-detail">not possible on this machine</div>'
+        elif i < index:
             kind, mark = "qd-done", "✓"
         elif i == index and job.is_active:
             kind, detail = "qd-now", _present(job)

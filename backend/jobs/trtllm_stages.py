@@ -205,6 +205,6 @@ def _incomplete(run: Run) -> str:
         reason if names == every else f"{', '.join(names)}: {reason}" for reason, names in run.not_possible.items()
     )
     return (
-        "Quantized, exported and measured. Not possible on this machine: building and running in TensorRT-LLM "
+        "Everything else is done, but building and running in TensorRT-LLM is not possible on this machine "
         f"({why}). The commands that do it elsewhere lie beside each model, in {SCRIPT}"
     )

@@ -343,3 +343,14 @@ def test_names_of_files_stay_in_their_place_of_an_address(tmp_path):
     (tmp_path / "a?b#c%2F..%00.json").write_text("{}")
     html = madeview.made("0123", [entry("w4", artefact=str(tmp_path))])
     assert "/download/0123/w4/a%3Fb%23c%252F..%2500.json" in html
+
+
+def test_a_stage_that_was_not_possible_is_not_ticked_off():
+    timings = {"download": {"wall_s": 1.0}, "quantize": {"wall_s": 2.0}, "benchmark": {"wall_s": 0.1}}
+    result = {"timings": timings, "incomplete": "no GPU"}
+    html = jobview.stage_list(job("succeeded", algorithm="TensorRTLLM", result=result))
+    before, _, after = html.partition("Build and run in TensorRT-LLM")
+    assert before.endswith('<li class="qd-todo"><span class="qd-dot"></span><span>')
+    assert "not possible on this machine" in after
+    done = jobview.stage_list(job("succeeded", algorithm="TensorRTLLM", result={"timings": timings}))
+    assert "not possible" not in done and done.count("qd-done") == 3
