@@ -33,6 +33,13 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
+def give_usual_rights(path: Path) -> None:
+    """Give a file the rights that files of this process usually get; safetensors makes its own for the owner alone."""
+    mask = os.umask(0)  # there is no other way to ask for it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def read_request(path: Path) -> dict[str, Any]:
     """Read the JSON object that tells a worker what to do.
 

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from backend.child import run_child
 from backend.engines.clock import Clock
 from backend.engines.llm_problems import check_llm
-from backend.errors import CheckpointError, ConfigError, DataError, EngineError, QuantdeckError
+from backend.engines.sequences import read_sequences
+from backend.errors import CheckpointError, ConfigError, EngineError, QuantdeckError
 from backend.event_stream import EventWriter
-from backend.files import required, sync_path
+from backend.files import give_usual_rights, required, sync_path
 from backend.formats.remote_code import remote_code_allowed
 from backend.formats.side_files import copy_side_files
 from backend.schema.llm_tables import NO_SCHEME
@@ -89,23 +90,6 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     timings["save"] = clock.lap()
     done["notes"] += remarks
     return {"timings": timings, "tokens": tokens, "results": [{"name": name, **done}]}
-
-
-def read_sequences(path: Path) -> list[Tensor]:
-    """Calibration sequences without their padding, each (length,) int64.
-
-    Raises:
-        DataError: If there is none.
-    """
-    from safetensors.torch import load_file
-
-    stored = load_file(str(path))
-    tokens = stored["tokens"]  # (samples, length)
-    lengths = stored["lengths"].tolist() if "lengths" in stored else [tokens.shape[1]] * len(tokens)
-    rows = [row[:length].clone() for row, length in zip(tokens, lengths, strict=True) if length]
-    if not rows:
-        raise DataError("the calibration text gives no sequence; give more text")
-    return rows
 
 
 def of_one_length(rows: list[Tensor]) -> list[Tensor]:
@@ -225,11 +209,9 @@ def save(model: Any, source: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     model.save_pretrained(folder, save_compressed=True)
     copy_side_files(source, folder)
-    mask = os.umask(0)  # there is no other way to ask for it
-    os.umask(mask)
     for path in [*folder.rglob("*"), folder]:
         if path.suffix == ".safetensors":
-            path.chmod(0o666 & ~mask)  # the package makes its files readable for their owner alone
+            give_usual_rights(path)
         sync_path(path)
 
 

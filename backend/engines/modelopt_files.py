@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 from backend.errors import CheckpointError
-from backend.files import sync_path
+from backend.files import give_usual_rights, sync_path
 from backend.formats.headers import INDEX_FILE
 from backend.formats.side_files import copy_side_files, model_config, write_json
 from backend.formats.spool import writing
@@ -49,7 +48,7 @@ def rewrite(exported: Path, out: Path, dtype: str) -> None:
             tensors[name] = cast
         with writing(out / path.name):
             save_file(tensors, out / path.name, metadata={"format": "pt"})
-        (out / path.name).chmod(0o666 & ~_umask())  # the library makes its files readable for their owner alone
+        give_usual_rights(out / path.name)
         sync_path(out / path.name)
     if (exported / INDEX_FILE).is_file():
         index = json.loads((exported / INDEX_FILE).read_text(encoding="utf-8"))
@@ -79,11 +78,5 @@ def write_configs(source: Path, scratch: Path, out: Path, dtype: str, engine_che
         written = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         write_json(checkpoint / "config.json", complete_config(written, config))
         for path in checkpoint.iterdir():
-            path.chmod(0o666 & ~_umask())
+            give_usual_rights(path)
         shutil.move(checkpoint, out / engine_checkpoint)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no other way to ask for it
-    os.umask(mask)
-    return mask

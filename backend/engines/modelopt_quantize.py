@@ -27,6 +27,7 @@ from backend.child import run_child
 from backend.engines.clock import Clock
 from backend.engines.modelopt_check import check_reload, logits, observe, probe_of
 from backend.engines.modelopt_files import rewrite, write_configs
+from backend.engines.sequences import read_sequences
 from backend.engines.trtllm_handover import plan_of, write_handover
 from backend.errors import EngineError, QuantdeckError
 from backend.event_stream import EventWriter
@@ -159,8 +160,6 @@ def calibration_rows(path: Path, most: int | None) -> tuple[list[Tensor], list[s
     Returns:
         Sequences (length,) int64, and what to tell of them.
     """
-    from backend.engines.llm_compressor import read_sequences
-
     rows = read_sequences(path)
     longest = max(len(row) for row in rows)
     if most is None or longest <= most:

@@ -59,7 +59,8 @@ def run_stages(run: Run) -> list[Stage]:
     return [
         Stage(
             RUN_NAME, "Run in TensorRT-LLM", partial(_run, configuration=one), partial(_note_run, configuration=one),
-            partial(_run_key, configuration=one), configuration=one, may_fail=run.several,
+            partial(_run_key, configuration=one), partial(_has_run, configuration=one), configuration=one,
+            may_fail=run.several,
         )
         for one in run.configurations
     ]  # fmt: skip
@@ -148,8 +149,12 @@ def _obstacles(run: Run, configuration: Configuration) -> list[Obstacle]:
 
 def _run_key(run: Run, configuration: Configuration) -> str:
     settings = Settings.load(run.home).tensorrt_llm
-    blocked = [one.message for one in _obstacles(run, configuration)]
-    return digest(["run", quantize_key(run, configuration), settings.model_dump(), _settings(run).EXECUTOR, blocked])
+    return digest(["run", quantize_key(run, configuration), settings.model_dump(), _settings(run).EXECUTOR])
+
+
+def _has_run(run: Run, configuration: Configuration) -> bool:
+    """Whether an earlier attempt could run it; what a machine lacked then it may have now."""
+    return "obstacles" not in run.stage_result(file_name(RUN_NAME, configuration))
 
 
 def _run(run: Run, configuration: Configuration) -> Command | None:

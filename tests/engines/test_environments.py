@@ -20,18 +20,13 @@ from backend.engines import environments, uv
 from backend.engines.environments import READY, Environment, build
 from backend.errors import ConfigError, EngineError
 from backend.paths import PROJECT
-from tests.engines.toy_environment import make_toy, make_wheel
+from tests.engines.toy_environment import make_toy, make_wheel, only_the_toys_packages
 
 
 @pytest.fixture(autouse=True)
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packages come from the toy's folder alone, and only pip is told so."""
-    for name in [n for n in os.environ if n.startswith(("PIP_", "UV_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    only_the_toys_packages(tmp_path, monkeypatch)
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 import zipfile
 from pathlib import Path
+
+import pytest
 
 from backend.engines.environments import Environment
 
@@ -30,6 +33,16 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
     return name
 """
 PROBE = "import toy_engine\nassert toy_engine.ANSWER == 42\nprint('toy answers', toy_engine.ANSWER)\n"
+
+
+def only_the_toys_packages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have pip and uv know the toy's packages in a folder alone, and pip be the only one that is told so."""
+    for name in [n for n in os.environ if n.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder / "wheels"))
+    monkeypatch.setenv("UV_CACHE_DIR", str(folder / "cache"))
 
 
 def make_wheel(folder: Path, name: str, version: str, body: str) -> str:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +53,23 @@ def job(source: Path, out: Path, state_file: Path, layout: str) -> None:
         writer.seal()
     writer.add("last", torch.ones(500))  # after the last commit
     writer.finish({})
+
+
+def die_at_call(owner: Any, attribute: str, number: int, when: str) -> None:
+    """Have this process die right before (`before`) or after a call of a method, the one of that number, from 1."""
+    original, calls = getattr(owner, attribute), [0]
+
+    def step(*args: Any) -> Any:
+        calls[0] += 1
+        dies = calls[0] == number
+        if dies and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args)
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, attribute, step)
 
 
 def run(work: Callable[[], None], kill_at: int | None = None, kill_after: float | None = None) -> bool:

@@ -163,6 +163,7 @@ def test_a_machine_with_a_gpu_runs_the_result_and_saves_what_came_of_it(done, ma
     folder = Path(entry["artefact"]) / RESULT_FOLDER
     assert check_manifest(folder) == [] and check_manifest(Path(entry["artefact"])) == []
     assert (folder / "quantized_single.json").is_file()
+    assert stage.intact(run)
     report = next(one for one in stages_of(run) if one.name == "report")
     report.finish(run)
     entry = run.entry(stage.configuration)
@@ -197,6 +198,10 @@ def test_a_missing_image_is_an_obstacle_with_the_command_that_fetches_it(done, m
     assert stage.command(run) is None
     stage.finish(run)
     assert f"pull {IMAGE}" in run.result["incomplete"]
+    assert not stage.intact(run)  # another attempt looks again, and finds the image
+    key = stage.key(run)
+    machine.behave()
+    assert stage.command(run) is not None and stage.key(run) == key
 
 
 def test_cancelled_while_modelopt_works(home):

@@ -32,7 +32,7 @@ from backend.formats.size import MAX_SHARD_BYTES
 from backend.formats.writer import CheckpointWriter
 from backend.quantize.checkpoint import FILE, Checkpoint
 from backend.quantize.recipe import Override, Recipe, Scheme
-from tests.formats.crash import digest
+from tests.formats.crash import die_at_call, digest
 from tests.quantize.killed import kill_at_operation
 from tests.quantize.tiny import make_model, recipe, tokens
 
@@ -103,20 +103,8 @@ def kill_in(method: str, layer: int) -> None:
     """Have this process die right before or after a step of a layer: `commit`, `save` (of progress) or `seal`."""
     owner: Any = Checkpoint if method.startswith("save") else CheckpointWriter
     name, _, when = method.partition(":")
-    original, calls = getattr(owner, name), [0]
     per_layer = 1 if name == "save" else len(CONFIGURATIONS)
-
-    def step(*args: Any) -> Any:
-        calls[0] += 1
-        dies = calls[0] == 1 + layer * per_layer
-        if dies and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args)
-        if dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, step)
+    die_at_call(owner, name, 1 + layer * per_layer, when)
 
 
 def in_child(work: Path, before: Callable[[], Any] = lambda: None, kill_after: float | None = None) -> int | None:

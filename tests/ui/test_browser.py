@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 
 import pytest
 
-from backend.paths import PROJECT, Home
-from tests.dashboard import IN_BROWSER, OWN_NOISE, STEP_MS, dashboard, watched_page
+from backend.paths import PROJECT
+from tests.dashboard import IN_BROWSER, OWN_NOISE, STEP_MS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 expect = playwright.expect
@@ -31,20 +30,6 @@ BENCHMARK: {PROMPT_TOKENS: 16, NEW_TOKENS: 8, WARMUP: 1, REPETITIONS: 3}
 """
 
 pytestmark = IN_BROWSER
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory) -> Iterator[str]:
-    """A dashboard of its own on a free port, with an empty home."""
-    with dashboard(Home(tmp_path_factory.mktemp("home"))) as url:
-        yield url
-
-
-@pytest.fixture
-def watched(address):
-    """A page, and what it complained of or asked of other hosts."""
-    with watched_page(address, color_scheme="light") as found:
-        yield found
 
 
 def shoot(page, name: str) -> None:

@@ -6,12 +6,10 @@ With QUANTDECK_SCREENSHOTS=1 it also writes docs/screenshots, light and dark.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 
-from backend.paths import Home
-from tests.dashboard import IN_BROWSER, OWN_NOISE, STEP_MS, dashboard, watched_page
+from tests.dashboard import IN_BROWSER, OWN_NOISE, STEP_MS
 from tests.ui.test_browser import fill, shoot
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -24,20 +22,6 @@ SMALL = {
     "finetune_config-max_epochs": "2", "finetune_config-batch_size": "4", "finetune_config-microbatch_size": "4",
     "finetune_config-model_seqlen": "128", "FINETUNE_DATA-SAMPLES": "96", "FINETUNE_DATA-VAL_SAMPLES": "16",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory) -> Iterator[str]:
-    """A dashboard of its own on a free port, with an empty home."""
-    with dashboard(Home(tmp_path_factory.mktemp("home"))) as url:
-        yield url
-
-
-@pytest.fixture
-def watched(address):
-    """A page, and what it complained of or asked of other hosts."""
-    with watched_page(address, color_scheme="light") as found:
-        yield found
 
 
 def unfold(page, name: str) -> None:

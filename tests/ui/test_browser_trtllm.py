@@ -6,13 +6,11 @@ With QUANTDECK_SCREENSHOTS=1 it also writes docs/screenshots.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 
-from backend.paths import Home
 from tests.conftest import EXAMPLES
-from tests.dashboard import IN_BROWSER, OWN_NOISE, STEP_MS, dashboard, watched_page
+from tests.dashboard import IN_BROWSER, OWN_NOISE, STEP_MS
 from tests.ui.test_browser import fill, shoot
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -20,20 +18,6 @@ expect = playwright.expect
 
 pytestmark = [*IN_BROWSER, pytest.mark.timeout(1800)]
 GUIDE = (EXAMPLES / "tensorrtllm_guide.yaml").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory) -> Iterator[str]:
-    """A dashboard of its own on a free port, with an empty home."""
-    with dashboard(Home(tmp_path_factory.mktemp("home"))) as url:
-        yield url
-
-
-@pytest.fixture
-def watched(address):
-    """A page, and what it complained of or asked of other hosts."""
-    with watched_page(address, color_scheme="light") as found:
-        yield found
 
 
 def test_the_guides_job_runs_from_the_page_up_to_where_a_gpu_is_needed(address, watched):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from backend.errors import ConfigError
 from backend.paths import Home
 from backend.schema import ALGORITHMS
 from backend.settings import Settings, TensorRTLLMRunSettings
-from tests.engines.toy_environment import PROBE, make_toy
+from tests.engines.toy_environment import PROBE, make_toy, only_the_toys_packages
 from ui.chat_pair import ChatPair
 from ui.enginesview import engines_table, environment_card, log_html, machine_html
 from ui.site import build_site
@@ -36,12 +35,7 @@ TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
 @pytest.fixture
 def definitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Definitions for `make_toy(tmp_path)`, whose packages come from its folder alone."""
-    for name in [n for n in os.environ if n.startswith(("PIP_", "UV_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    only_the_toys_packages(tmp_path, monkeypatch)
     monkeypatch.setenv("QUANTDECK_ENVIRONMENTS", str(tmp_path / "installed"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     folder = tmp_path / "definitions"

@@ -35,7 +35,7 @@ from backend.quantize.aqlm.pipeline import calibrate
 from backend.quantize.aqlm.report import CalibrationReport
 from backend.quantize.aqlm.workers import FitPool
 from backend.quantize.checkpoint import FILE, Checkpoint
-from tests.formats.crash import digest
+from tests.formats.crash import die_at_call, digest
 from tests.quantize.aqlm.tiny import FINETUNE, HELD_OUT, SAMPLES, SCHEME, SEARCH
 from tests.quantize.killed import kill_at_operation
 from tests.quantize.models import make_model, tokens
@@ -84,19 +84,7 @@ def kill_in(method: str, layer: int) -> None:
     """Have this process die right before or after a step of a layer."""
     name, _, when = method.partition(":")
     owner, attribute = OWNERS[name]
-    original, calls = getattr(owner, attribute), [0]
-
-    def step(*args: Any) -> Any:
-        calls[0] += 1
-        dies = calls[0] == 1 + layer
-        if dies and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args)
-        if dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, attribute, step)
+    die_at_call(owner, attribute, 1 + layer, when)
 
 
 def in_child(
