@@ -13,11 +13,12 @@ from backend.schema.document import (
     read_yaml,
 )
 from backend.schema.fields import FieldSpec, Group, describe, sections
-from backend.schema.job import DEMO, AlgorithmSettings, JobConfig
+from backend.schema.job import AlgorithmSettings, JobConfig
 from backend.schema.llmcompressor import LLMCompressorSettings
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings, TaskSettings
 from backend.schema.native import NativeSettings, OverrideSettings
 from backend.schema.tensorrtllm import TensorRTLLMSettings
+from backend.schema.texts import DEMO
 
 __all__ = [
     "ALGORITHMS",

@@ -23,6 +23,7 @@ from backend.schema.aqlm_calibration import (
 )
 from backend.schema.aqlm_finetune import CODE_BITS, TUNING, TUNING_TEXT, FinetuneConfig, FinetuneData
 from backend.schema.errors import ProblemAt
+from backend.schema.facts import AQLM_GUIDE, OWN, unless
 from backend.schema.fields import Group, drop_empty, setting
 from backend.schema.measurement import CalibrationSettings
 from backend.schema.section import AlgorithmSection
@@ -68,16 +69,17 @@ class AQLMSettings(AlgorithmSection):
     )
 
     EFFORT: Literal["fast", "default", "thorough", "reference"] = setting(
-        "default", label="Effort", section="AQLM",
+        "default", label="Effort", section="AQLM", source=OWN,
         help="How hard codes are searched. fast, default and thorough are our own search by error feedback; reference "
         "is the published procedure with the guide's parameters (beam_size, max_epochs, ...), many times slower.",
     )  # fmt: skip
     dtype: Literal["float16", "bfloat16"] = setting(
-        "float16", label="16-bit type", section="AQLM",
+        "float16", label="16-bit type", section="AQLM", source=AQLM_GUIDE,
         advanced=True, help="Type in which everything is stored that has no codes. GPU kernels expect float16.",
     )  # fmt: skip
     save_intermediate_results: StrictBool = setting(
-        False, label="Keep the tuning text", section="AQLM", advanced=True,
+        False, label="Keep the tuning text", section="AQLM", source=AQLM_GUIDE, advanced=True,
+        visible_when=unless("finetune_config.max_epochs", 0),
         help="On: the tokens of the tuning text are published beside the models, in tmp/tokenized_dataset. The "
         "calibrated model is always kept, in tmp/caliberation, also beside the tuned one in tmp/converted.",
     )  # fmt: skip

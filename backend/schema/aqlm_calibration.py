@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, model_validator
 
 from backend.schema.errors import ProblemAt
+from backend.schema.facts import AQLM_GUIDE, unless, when
 from backend.schema.fields import drop_empty, setting
 
 CODEBOOKS = "AQLM codebooks"
@@ -29,11 +30,15 @@ OWN_CODE = (
 )
 SENDS_NOTHING = "Weights & Biases is not used: nothing is sent anywhere, the curves are on the job's page."
 
-codebooks = partial(setting, section=CODEBOOKS)
-text = partial(setting, section=TEXT)
-blocks = partial(setting, section=BLOCKS)
-reference = partial(setting, section=REFERENCE, advanced=True)
-no_effect = partial(setting, section=NO_EFFECT, advanced=True, ignored=True)
+FITTED = unless("finetune_max_epochs", 0)
+
+codebooks = partial(setting, section=CODEBOOKS, source=AQLM_GUIDE)
+text = partial(setting, section=TEXT, source=AQLM_GUIDE)
+blocks = partial(setting, section=BLOCKS, source=AQLM_GUIDE, visible_when=FITTED)
+reference = partial(
+    setting, section=REFERENCE, source=AQLM_GUIDE, advanced=True, visible_when=when("llm.AQLM.EFFORT", "reference")
+)
+no_effect = partial(setting, section=NO_EFFECT, source=AQLM_GUIDE, advanced=True, ignored=True)
 
 
 class CalibrationConfig(BaseModel):
@@ -74,7 +79,9 @@ class CalibrationConfig(BaseModel):
         help="16: codewords are stored in 16 bits. Fewer cannot be stored in a checkpoint that other programs load.",
     )  # fmt: skip
     codebook_value_num_groups: StrictInt = codebooks(
-        1, label="Groups of codebook entries", unit="groups", ge=1, le=65536, advanced=True,
+        1, label="Groups of codebook entries",
+        visible_when=unless("codebook_value_nbits", 16),
+        unit="groups", ge=1, le=65536, advanced=True,
         help="Only of use for codebook entries of fewer than 16 bits, which cannot be stored.",
     )  # fmt: skip
     # -- text
@@ -107,7 +114,7 @@ class CalibrationConfig(BaseModel):
     )  # fmt: skip
     # -- block finetuning
     finetune_max_epochs: StrictInt = blocks(
-        25, label="Epochs", unit="epochs", ge=0, le=10_000,
+        25, label="Epochs", visible_when=(), unit="epochs", ge=0, le=10_000,
         help="After a layer has its codes, its codebooks, scales and norms are fitted to the layer's original output "
         "for at most so many epochs. 0: never.",
     )  # fmt: skip

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, 
 
 from backend.schema.aqlm_calibration import OWN_CODE, SENDS_NOTHING, Attention, no_effect
 from backend.schema.errors import ProblemAt
+from backend.schema.facts import AQLM_GUIDE, OWN, When, unless, when
 from backend.schema.fields import drop_empty, setting
-from backend.schema.texts import check_columns, check_format, column_names
+from backend.schema.texts import DEMO, check_columns, check_format, column_names
 
 TUNING = "AQLM tuning"
 TUNING_TEXT = "AQLM tuning text"
@@ -22,8 +23,13 @@ UPDATES = ("update_codes", "update_codebooks_and_scales", "update_non_quantized_
 CODE_BITS = {"uint8": 8, "int8": 7, "int16": 15, "uint16": 16, "int32": 31, "int64": 63}
 """Bits of the largest code that a type holds."""
 
-tuning = partial(setting, section=TUNING)
-tuning_text = partial(setting, section=TUNING_TEXT)
+TUNED = unless("max_epochs", 0)
+CODES = [TUNED, when("update_codes", True)]
+TUNED_TEXT = unless("llm.AQLM.finetune_config.max_epochs", 0)
+NAMED: list[When | tuple[When, ...]] = [TUNED_TEXT, (unless("DATASET_NAME", None, DEMO), unless("DATA_PATH", None))]
+
+tuning = partial(setting, section=TUNING, source=AQLM_GUIDE, visible_when=TUNED)
+tuning_text = partial(setting, section=TUNING_TEXT, source=OWN, visible_when=TUNED_TEXT)
 
 
 class FinetuneConfig(BaseModel):
@@ -36,7 +42,7 @@ class FinetuneConfig(BaseModel):
 
     # -- how much
     max_epochs: StrictInt = tuning(
-        10, label="Epochs", unit="epochs", ge=0, le=100_000,
+        10, label="Epochs", visible_when=(), unit="epochs", ge=0, le=100_000,
         help="Passes over the tuning text at most; the best model on the validation text is kept. 0: no tuning, the "
         "calibrated model is the only result.",
     )  # fmt: skip
@@ -62,14 +68,19 @@ class FinetuneConfig(BaseModel):
         0.0001, label="Learning rate", ge=1e-9, le=1.0, help="Step for codebooks, scales, norms, embeddings and head."
     )
     code_lr: StrictFloat = tuning(
-        0.001, label="Learning rate of codes", ge=1e-9, le=1.0,
+        0.001, label="Learning rate of codes", visible_when=CODES, ge=1e-9, le=1.0,
         help="Step of the buffer that decides which codes change. With LAMB a part of the weight's size.",
     )  # fmt: skip
     max_code_change_per_step: StrictFloat = tuning(
-        0.01, label="Codes changed per step", ge=1e-6, le=1.0, help="At most this part of a Linear's codes per step."
+        0.01,
+        label="Codes changed per step",
+        visible_when=CODES,
+        ge=1e-6,
+        le=1.0,
+        help="At most this part of a Linear's codes per step.",
     )
     code_trust_ratio: StrictFloat = tuning(
-        0.01, label="Weight change per step", ge=1e-6, le=1000.0,
+        0.01, label="Weight change per step", visible_when=CODES, ge=1e-6, le=1000.0,
         help="At most this relative change of a Linear's weights by new codes per step.",
     )  # fmt: skip
     eval_every_steps: StrictInt = tuning(
@@ -78,32 +89,34 @@ class FinetuneConfig(BaseModel):
     )  # fmt: skip
     # -- ours
     CODEBOOK_LR: StrictFloat | None = tuning(
-        None, label="Learning rate of codebooks", ge=1e-9, le=1.0, advanced=True, empty="the learning rate",
-        help="Step for codebooks and scales, where it is to be another one than that of norms, embeddings and head. "
-        "Quantdeck's own key.",
+        None, label="Learning rate of codebooks",
+        source=OWN, visible_when=[TUNED, when("update_codebooks_and_scales", True)],
+        ge=1e-9, le=1.0, advanced=True, empty="the learning rate",
+        help="Step for codebooks and scales, where it is to be another one than that of norms, embeddings and head.",
     )  # fmt: skip
     P_ONLY_EPOCHS: StrictInt = tuning(
-        0, label="Epochs without new codes", unit="epochs", ge=0, le=100_000, advanced=True,
-        help="So many epochs come first in which the codes stay and only the rest is tuned. Quantdeck's own key.",
+        0, label="Epochs without new codes",
+        source=OWN, visible_when=CODES, unit="epochs", ge=0, le=100_000, advanced=True,
+        help="So many epochs come first in which the codes stay and only the rest is tuned.",
     )  # fmt: skip
     LR_SCHEDULE: Literal["constant", "cosine"] = tuning(
-        "constant", label="Learning rates over time", advanced=True,
-        help="cosine: both learning rates fall to nothing along half a cosine. Quantdeck's own key.",
+        "constant", label="Learning rates over time", source=OWN, advanced=True,
+        help="cosine: both learning rates fall to nothing along half a cosine.",
     )  # fmt: skip
     WARMUP_STEPS: StrictInt = tuning(
-        0, label="Warm-up", unit="steps", ge=0, le=1_000_000, advanced=True,
-        help="Steps over which both learning rates rise from nothing. Quantdeck's own key.",
+        0, label="Warm-up", source=OWN, unit="steps", ge=0, le=1_000_000, advanced=True,
+        help="Steps over which both learning rates rise from nothing.",
     )  # fmt: skip
     EARLY_STOP: StrictInt | None = tuning(
-        None, label="Early stop", unit="validations", ge=1, le=1_000_000, advanced=True, empty="never",
-        help="Tuning ends after so many validations in a row without a better one. Quantdeck's own key.",
+        None, label="Early stop", source=OWN, unit="validations", ge=1, le=1_000_000, advanced=True, empty="never",
+        help="Tuning ends after so many validations in a row without a better one.",
     )  # fmt: skip
     # -- optimizer
     lamb: StrictBool = tuning(
         True, label="LAMB", advanced=True, help="On: steps are scaled by the size of what they change. Off: Adam's own."
     )
     debias: StrictBool = tuning(
-        True, label="Correct the start", advanced=True,
+        True, label="Correct the start", visible_when=[TUNED, when("lamb", False)], advanced=True,
         help="On: Adam's means are corrected for their start at zero. Without effect with LAMB.",
     )  # fmt: skip
     amsgrad: StrictBool = tuning(
@@ -116,23 +129,23 @@ class FinetuneConfig(BaseModel):
         0.95, label="Adam's beta 2", ge=0.0, le=0.999999, advanced=True, help="Memory of the mean squared gradient."
     )
     code_beta1: StrictFloat = tuning(
-        0.0, label="Beta 1 of codes", ge=0.0, le=0.999999, advanced=True,
+        0.0, label="Beta 1 of codes", visible_when=CODES, ge=0.0, le=0.999999, advanced=True,
         help="As Adam's beta 1, for the buffer of the codes; 0 saves memory.",
     )  # fmt: skip
     code_beta2: StrictFloat = tuning(
-        0.95, label="Beta 2 of codes", ge=0.0, le=0.999999, advanced=True,
+        0.95, label="Beta 2 of codes", visible_when=CODES, ge=0.0, le=0.999999, advanced=True,
         help="As Adam's beta 2, for the buffer of the codes.",
     )  # fmt: skip
     delta_decay: StrictFloat = tuning(
-        0.0, label="Decay of the buffer", ge=0.0, le=1.0, advanced=True,
+        0.0, label="Decay of the buffer", visible_when=CODES, ge=0.0, le=1.0, advanced=True,
         help="How much of the buffer returns to the present weights after each step: 0 keeps all of it, 1 nothing.",
     )  # fmt: skip
     force_code_update: StrictBool = tuning(
-        False, label="Force a change", advanced=True,
+        False, label="Force a change", visible_when=CODES, advanced=True,
         help="On: the chosen codes have to change, if need be to the second best. Of use with a decay of 1.",
     )  # fmt: skip
     beam_size: StrictInt = tuning(
-        1, label="Beam", unit="paths", ge=1, le=65536, advanced=True,
+        1, label="Beam", visible_when=CODES, unit="paths", ge=1, le=65536, advanced=True,
         help="Paths that the search for new codes keeps; with several codebooks 5 finds better ones.",
     )  # fmt: skip
     # -- types and memory
@@ -149,10 +162,18 @@ class FinetuneConfig(BaseModel):
         "float32", label="Type of the parameters", advanced=True, help="Type of the parameters that are tuned."
     )
     straight_through_buffer_dtype: Literal["float32", "bfloat16", "float16"] = tuning(
-        "float32", label="Type of the buffer", advanced=True, help="Type of the buffer of the codes."
+        "float32",
+        label="Type of the buffer",
+        visible_when=CODES,
+        advanced=True,
+        help="Type of the buffer of the codes.",
     )
     code_adam_16bit: StrictBool = tuning(
-        False, label="16-bit state of codes", advanced=True, help="On: Adam's state of the codes has 16 bits."
+        False,
+        label="16-bit state of codes",
+        visible_when=CODES,
+        advanced=True,
+        help="On: Adam's state of the codes has 16 bits.",
     )
     minimize_sync: StrictBool = tuning(
         False, label="Sum gradients once", advanced=True,
@@ -171,7 +192,7 @@ class FinetuneConfig(BaseModel):
         "one than the model has is refused.",
     )  # fmt: skip
     model_seqlen: StrictInt = tuning_text(
-        4096, label="Sequence length", unit="tokens", ge=16, le=131072,
+        4096, label="Sequence length", source=AQLM_GUIDE, unit="tokens", ge=16, le=131072,
         help="Tokens per sequence of the tuning text; rows are joined and cut to it.",
     )  # fmt: skip
     # -- without effect
@@ -303,11 +324,20 @@ class FinetuneData(BaseModel):
         None, label="Dataset", help="A dataset id on the Hub, or 'quantdeck/demo' for the built-in text."
     )
     DATASET_SUBNAME: str | None = tuning_text(
-        None, label="Subset", advanced=True, help="Subset (configuration) of the dataset."
+        None,
+        label="Subset",
+        visible_when=[TUNED_TEXT, when("DATA_PATH", None), unless("DATASET_NAME", None, DEMO)],
+        advanced=True,
+        help="Subset (configuration) of the dataset.",
     )
-    SPLIT: str = tuning_text("train", label="Split", help="Split that is read, e.g. train.")
+    SPLIT: str = tuning_text(
+        "train",
+        label="Split",
+        visible_when=[TUNED_TEXT, (unless("DATASET_NAME", None), unless("DATA_PATH", None), unless("PRESET", None))],
+        help="Split that is read, e.g. train.",
+    )
     TEXT_COLUMN: str = tuning_text(
-        "text", label="Text column", advanced=True,
+        "text", label="Text column", visible_when=NAMED, advanced=True,
         help="Column with the text; several, separated by commas, need a format string.",
     )  # fmt: skip
     DATA_PATH: str | None = tuning_text(
@@ -316,7 +346,9 @@ class FinetuneData(BaseModel):
         "file.",
     )  # fmt: skip
     FORMAT_STRING: str | None = tuning_text(
-        None, label="Format string", advanced=True,
+        None, label="Format string",
+        visible_when=[TUNED_TEXT, (unless("DATASET_NAME", None), unless("DATA_PATH", None))],
+        advanced=True,
         help="Template over the text columns, e.g. \"Question: {question}\\nAnswer: {answer}\".",
     )  # fmt: skip
     SAMPLES: StrictInt | None = tuning_text(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, StrictBool, model_validator
 
+from backend.schema.facts import AWQ_GUIDE, NYUNTAM, OWN, unless
 from backend.schema.fields import OneOrMore, drop_empty, each, setting
 from backend.schema.section import AlgorithmSection
 
@@ -28,12 +29,14 @@ class AutoAWQSettings(AlgorithmSection):
         True,
         label="Zero point",
         section="AutoAWQ",
+        source=AWQ_GUIDE,
         help="On: each group has its own zero (asymmetric, lower error). Off: symmetric around the middle code.",
     )
     W_BIT: OneOrMore[Literal[2, 3, 4, 8]] = setting(
         4,
         label="Weight bits",
         section="AutoAWQ",
+        source=AWQ_GUIDE,
         unit="bits",
         help="Bits per quantized weight; several make one result each. The AutoAWQ checkpoint format holds 4 bits. "
         "Below 4 bits AWQ alone hardly beats plain rounding: choose algorithm Native with GPTQ or AWQ+GPTQ there.",
@@ -42,6 +45,7 @@ class AutoAWQSettings(AlgorithmSection):
         128,
         label="Group size",
         section="AutoAWQ",
+        source=AWQ_GUIDE,
         unit="weights",
         help="Weights along the input that share a scale and a zero. Smaller is more exact and larger on disk; "
         "several make one result each. A Linear whose input it does not divide stays in 16 bits.",
@@ -50,6 +54,8 @@ class AutoAWQSettings(AlgorithmSection):
         "GEMM",
         label="Packing",
         section="AutoAWQ",
+        source=AWQ_GUIDE,
+        visible_when=unless("FORMAT", "compressed-tensors"),
         help="Layout of the packed weights: GEMM suits prompts and batches, GEMV single-stream decoding. "
         "Both hold the same numbers. The compressed-tensors format has a layout of its own.",
     )
@@ -57,6 +63,7 @@ class AutoAWQSettings(AlgorithmSection):
         "float16",
         label="16-bit type",
         section="AutoAWQ",
+        source=NYUNTAM,
         advanced=True,
         help="Type in which the tensors that stay unquantized (embeddings, norms, head) are stored. "
         "AutoAWQ's GPU kernels expect float16.",
@@ -65,6 +72,7 @@ class AutoAWQSettings(AlgorithmSection):
         "auto",
         label="Checkpoint format",
         section="AutoAWQ",
+        source=OWN,
         advanced=True,
         help="auto: autoawq if all results have 4 bits, otherwise compressed-tensors, which holds all bits.",
     )
@@ -72,6 +80,7 @@ class AutoAWQSettings(AlgorithmSection):
         "native",
         label="Engine",
         section="AutoAWQ",
+        source=OWN,
         advanced=True,
         help="native is Quantdeck's own core. autoawq is the original package in an environment of its own "
         "(python -m backend engines install autoawq); it takes CPU hours where the core takes minutes.",

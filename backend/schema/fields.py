@@ -1,6 +1,6 @@
 """How one setting is declared, and how forms, help and docs read it back.
 
-`setting()` is pydantic's `Field` with the extra facts that a form needs (label, unit, section, advanced).
+`setting()` is pydantic's `Field` with the extra facts that a form needs (label, unit, section, source, ...).
 `OneOrMore` is the type of a setting that takes one value or a list of several, one configuration for each.
 `describe()` turns a model class into plain `FieldSpec` rows, so no page has to know pydantic; `sections()` finds the
 sections inside a section. `Group` is how an algorithm with many settings lays them out.
@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Field, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticUndefined, core_schema
+
+from backend.schema.facts import Conditions, When, conditions
 
 FieldType = Literal["str", "int", "float", "bool", "choice", "int_choice", "list", "yaml"]
 
@@ -94,6 +96,8 @@ class FieldSpec:
         several: True if a list of several choices is taken too.
         optional: True if it may be left empty, which is not the same as any of the choices.
         empty: A few words on what an empty value means, where it may be left empty.
+        source: Where it comes from: a guide, a program, or Quantdeck.
+        visible_when: When it matters; without conditions always.
     """
 
     key: str
@@ -112,6 +116,8 @@ class FieldSpec:
     several: bool
     optional: bool
     empty: str
+    source: str
+    visible_when: Conditions
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,8 @@ def setting(
     label: str,
     help: str,
     section: str,
+    source: str,
+    visible_when: When | Sequence[When | tuple[When, ...]] = (),
     unit: str = "",
     choices: Sequence[Any] = (),
     ge: float | None = None,
@@ -151,6 +159,7 @@ def setting(
 
     Bounds are checked by pydantic; `choices` document what the annotation (a `Literal`) enforces. `as_yaml` marks
     a structure that a form shows as the line of YAML it is. `empty` is what a number that may be left empty means then.
+    `source` and `visible_when` are explained in `backend.schema.facts`.
     """
     extra: dict[str, Any] = {
         "label": label,
@@ -161,6 +170,8 @@ def setting(
         "ignored": ignored,
         "as_yaml": as_yaml,
         "empty": empty,
+        "source": source,
+        "visible_when": conditions(visible_when),
     }
     bounds: dict[str, Any] = {"ge": ge, "le": le}
     if default_factory is not None:
@@ -236,6 +247,8 @@ def describe(model: type[BaseModel]) -> list[FieldSpec]:
                 several=any(isinstance(mark, _Several) for mark in field.metadata),
                 optional=type(None) in typing.get_args(field.annotation),
                 empty=extra["empty"],
+                source=extra["source"],
+                visible_when=extra["visible_when"],
             )
         )
     return rows

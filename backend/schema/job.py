@@ -17,17 +17,21 @@ from backend.errors import ConfigError, ConfigErrors
 from backend.schema.aqlm import AQLMSettings
 from backend.schema.autoawq import AutoAWQSettings
 from backend.schema.errors import ProblemAt
+from backend.schema.facts import GUIDES, NYUNTAM, OWN, unless, when
 from backend.schema.fields import drop_empty, setting
 from backend.schema.llmcompressor import LLMCompressorSettings
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings
 from backend.schema.native import NativeSettings
 from backend.schema.tensorrtllm import TensorRTLLMSettings
-from backend.schema.texts import check_columns, check_format, column_names
+from backend.schema.texts import DEMO, GSM8K_PRESET, check_columns, check_format, column_names
 
-DEMO = "quantdeck/demo"
 GUIDE_ROOT = "/user_data"
 """Where the TensorRT-LLM guide's container has the user's folder: that of the home, here."""
 JOB_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+
+NO_COLUMNS = (None, DEMO, GSM8K_PRESET)
+"""Datasets whose columns and subset are known, and none."""
+OWN_COLUMNS = (unless("DATA_PATH", None), unless("DATASET_NAME", *NO_COLUMNS))
 
 REVISION_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 
@@ -65,99 +69,115 @@ class JobConfig(BaseModel):
 
     # -- model
     MODEL: str = setting(
-        label="Model", section="Model",
+        label="Model", section="Model", source=GUIDES,
         help=f"A model id on the Hub, a local folder, or '{DEMO}' for the built-in model.",
     )  # fmt: skip
     CUSTOM_MODEL_PATH: str | None = setting(
-        None, label="Local folder", section="Model", advanced=True,
+        None, label="Local folder", section="Model", source=NYUNTAM, advanced=True,
         help="Folder with config.json and safetensors files, used instead of MODEL's download.",
     )  # fmt: skip
     REVISION: str | None = setting(
-        None, label="Revision", section="Model", advanced=True,
+        None, label="Revision", section="Model",
+        source=OWN, visible_when=[unless("MODEL", DEMO), when("CUSTOM_MODEL_PATH", None)],
+        advanced=True,
         help="Branch, tag or commit of a Hub model. Empty: the newest of its main branch; a commit never changes.",
     )  # fmt: skip
     TRUST_REMOTE_CODE: StrictBool = setting(
-        False, label="Run the model's own code", section="Model", advanced=True,
+        False, label="Run the model's own code", section="Model", source=OWN, advanced=True,
         help="For models that bring Python code of their own. That code gets all rights of the user that runs "
         "Quantdeck: read it first. The operator has to allow it too.",
     )  # fmt: skip
     # -- calibration text
     DATASET_NAME: str | None = setting(
-        None, label="Dataset", section="Dataset",
+        None, label="Dataset", section="Dataset", source=GUIDES,
         help=f"A dataset id on the Hub, or '{DEMO}' for the built-in text. Calibrates the quantizer.",
     )  # fmt: skip
     DATASET_SUBNAME: str | None = setting(
-        None, label="Subset", section="Dataset", help="Subset (configuration) of the dataset, e.g. wikitext-2-raw-v1."
+        None,
+        label="Subset",
+        section="Dataset",
+        source=GUIDES,
+        visible_when=[when("DATA_PATH", None), unless("DATASET_NAME", *NO_COLUMNS)],
+        help="Subset (configuration) of the dataset, e.g. wikitext-2-raw-v1.",
     )
     TEXT_COLUMN: str = setting(
-        "text", label="Text column", section="Dataset",
+        "text", label="Text column", section="Dataset", source=GUIDES, visible_when=[OWN_COLUMNS],
         help="Column with the text; several, separated by commas, need a format string.",
     )  # fmt: skip
-    SPLIT: str = setting("train", label="Split", section="Dataset", help="Split that is read, e.g. train.")
+    SPLIT: str = setting(
+        "train", label="Split", section="Dataset", source=GUIDES, help="Split that is read, e.g. train."
+    )
     DATA_PATH: str | None = setting(
-        None, label="Local data", section="Dataset", advanced=True,
+        None, label="Local data", section="Dataset", source=GUIDES, advanced=True,
         help="Local dataset instead of DATASET_NAME's download: a folder saved by datasets (save_to_disk), "
         "or a .jsonl, .csv, .parquet or .txt file.",
     )  # fmt: skip
     FORMAT_STRING: str | None = setting(
-        None, label="Format string", section="Dataset", advanced=True,
+        None, label="Format string", section="Dataset",
+        source=GUIDES, visible_when=[(unless("DATA_PATH", None), unless("DATASET_NAME", GSM8K_PRESET))],
+        advanced=True,
         help="Template over the text columns, e.g. \"Question: {question}\\nAnswer: {answer}\".",
     )  # fmt: skip
     llm: AlgorithmSections = Field(default_factory=AlgorithmSections)
     # -- job
     CUDA_ID: str = setting(
-        "0", label="GPU", section="Job",
+        "0", label="GPU", section="Job", source=GUIDES,
         help="Number of the GPU to use, or several with commas. Without a GPU the job runs on the CPU and says so.",
     )  # fmt: skip
     ALGORITHM: Literal["AutoAWQ", "Native", "LLMCompressor", "AQLM", "TensorRTLLM"] = setting(
-        label="Algorithm", section="Algorithm",
+        label="Algorithm", section="Algorithm", source=GUIDES,
         help="AutoAWQ is the guide's 4-bit AWQ. Native is Quantdeck's own core: RTN, AWQ, GPTQ or AWQ+GPTQ at 2 to 8 "
         "bits. LLMCompressor runs the recipes of the llm-compressor package. AQLM is the guide's 2-bit quantization "
         "by codebooks, with tuning afterwards. TensorRTLLM quantizes for NVIDIA's TensorRT-LLM, and runs in it.",
     )  # fmt: skip
     JOB_SERVICE: Literal["Kompress"] = setting(
-        "Kompress", label="Service", section="Job", advanced=True,
+        "Kompress", label="Service", section="Job", source=GUIDES, advanced=True,
         help="Part of the output path: user_data/jobs/<JOB_SERVICE>/<JOB_ID>.",
     )  # fmt: skip
     USER_FOLDER: str = setting(
-        "user_data", label="User folder", section="Job", advanced=True,
+        "user_data", label="User folder", section="Job", source=GUIDES, advanced=True,
         help="Folder for everything jobs write, relative to the home folder.",
     )  # fmt: skip
     JOB_ID: str = setting(
-        label="Job name", section="Job",
+        label="Job name", section="Job", source=GUIDES,
         help="Name of the job and of its output folder; letters, digits, '.', '_' and '-'. Each name is used once.",
     )  # fmt: skip
     CACHE_PATH: str | None = setting(
-        None, label="Download cache", section="Job", advanced=True,
+        None, label="Download cache", section="Job", source=GUIDES, advanced=True,
         help="Folder for downloads, relative to the home folder. Empty: USER_FOLDER/.cache.",
     )  # fmt: skip
     JOB_PATH: str | None = setting(
-        None, label="Job path", section="Job", advanced=True, ignored=True,
+        None, label="Job path", section="Job", source=GUIDES, advanced=True, ignored=True,
         help="Kept in the file; neither the original system nor Quantdeck reads it.",
     )  # fmt: skip
     LOGGING_PATH: str | None = setting(
-        None, label="Log folder", section="Job", advanced=True,
+        None, label="Log folder", section="Job", source=GUIDES, advanced=True,
         help="Folder for log.log, relative to the home folder. Empty: USER_FOLDER/logs/<JOB_ID>.",
     )  # fmt: skip
     ALGO_TYPE: str | None = setting(
-        None, label="Algorithm type", section="Job", advanced=True, ignored=True,
+        None, label="Algorithm type", section="Job", source=GUIDES, advanced=True, ignored=True,
         help="Kept in the file; neither the original system nor Quantdeck reads it.",
     )  # fmt: skip
     PRIORITY: StrictInt = setting(
-        0, label="Priority", section="Job", advanced=True, unit="-100 to 100", ge=-100, le=100,
+        0, label="Priority", section="Job", source=OWN, advanced=True, unit="-100 to 100", ge=-100, le=100,
         help="Waiting jobs of a higher priority start first; those of the same one in the order they were made.",
     )  # fmt: skip
     MAX_ATTEMPTS: StrictInt = setting(
-        3, label="Attempts", section="Job", advanced=True, unit="starts", ge=1, le=10,
+        3, label="Attempts", section="Job", source=OWN, advanced=True, unit="starts", ge=1, le=10,
         help="How often the job is started at most if its process dies or the machine restarts; "
         "each attempt goes on where the one before it stopped.",
     )  # fmt: skip
     TIME_LIMIT_HOURS: float | None = setting(
-        None, label="Time limit", section="Job", advanced=True, unit="hours", ge=0.01, le=10_000,
+        None, label="Time limit", section="Job", source=OWN, advanced=True, unit="hours", ge=0.01, le=10_000,
         help="The job is stopped after this time. Empty: no limit.",
     )  # fmt: skip
     TASK: Literal["llm"] = setting(
-        "llm", label="Task", section="Job", advanced=True, help="Kind of model; Quantdeck quantizes language models."
+        "llm",
+        label="Task",
+        section="Job",
+        source=GUIDES,
+        advanced=True,
+        help="Kind of model; Quantdeck quantizes language models.",
     )
     CALIBRATION: CalibrationSettings = Field(default_factory=CalibrationSettings)
     EVALUATION: EvaluationSettings = Field(default_factory=EvaluationSettings)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, StrictBool, StrictInt, ValidationInfo, field_validator, model_validator
 
+from backend.schema.facts import LLM_COMPRESSOR, OWN, When, llm_compressor, when
 from backend.schema.fields import setting
 from backend.schema.llm_tables import (
     FREE_GROUP_RECIPES,
@@ -26,6 +27,11 @@ from backend.schema.llm_tables import (
 from backend.schema.section import AlgorithmSection
 
 
+def _used(key: str) -> When:
+    """The recipes that a setting changes."""
+    return when("RECIPE", *(name for name, facts in RECIPES.items() if key in facts.uses))
+
+
 class LLMCompressorSettings(AlgorithmSection):
     """One recipe of llm-compressor.
 
@@ -40,7 +46,7 @@ class LLMCompressorSettings(AlgorithmSection):
         "GPTQ", "RTN", "AWQ", "AWQ+GPTQ", "SmoothQuant+GPTQ", "SparseGPT", "Wanda", "SparseGPT+RTN", "AutoRound",
         "SpinQuant+RTN", "KVCache",
     ] = setting(
-        "GPTQ", label="Recipe", section="LLMCompressor",
+        "GPTQ", label="Recipe", section="LLMCompressor", source=LLM_COMPRESSOR,
         help="Method. GPTQ is the guide's. RTN and SpinQuant+RTN need no text; SparseGPT and Wanda prune; "
         "KVCache only shrinks the attention's cache.",
     )  # fmt: skip
@@ -48,58 +54,79 @@ class LLMCompressorSettings(AlgorithmSection):
         "W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "NVFP4A16",
         "MXFP4", "NONE",
     ] = setting(
-        "W4A16", label="Scheme", section="LLMCompressor",
+        "W4A16", label="Scheme", section="LLMCompressor", source=llm_compressor("QuantizationModifier", "scheme"),
         help="Number format: W4A16 is 4-bit weights beside 16-bit activations. NONE keeps 16-bit weights "
         "(SparseGPT, Wanda, KVCache). Not given: the recipe's own.",
     )  # fmt: skip
     TARGETS: list[str] = setting(
-        default_factory=lambda: ["Linear"], label="Targets", section="LLMCompressor", advanced=True,
+        default_factory=lambda: ["Linear"], label="Targets", section="LLMCompressor",
+        source=llm_compressor("QuantizationModifier", "targets"), advanced=True,
         help="What is compressed: module classes, module names, or 're:' and a regular expression over names.",
     )  # fmt: skip
     IGNORE: list[str] = setting(
         default_factory=lambda: ["lm_head"], label="Left alone", section="LLMCompressor",
+        source=llm_compressor("QuantizationModifier", "ignore"),
         help="Modules that stay in 16 bits: names, or 're:' and a regular expression over names.",
     )  # fmt: skip
     GROUP_SIZE: Literal[128, 64, 32, -1] | None = setting(
-        None, label="Group size", section="LLMCompressor", unit="weights", advanced=True,
+        None, label="Group size", section="LLMCompressor",
+        source=llm_compressor("QuantizationModifier", "config_groups"),
+        visible_when=[when("RECIPE", *FREE_GROUP_RECIPES), when("SCHEME", *INTEGER_WEIGHTS)],
+        unit="weights", advanced=True,
         help="Weights along the input that share a scale, for integer weights; -1: a whole row. "
         "Empty: the scheme's own, 128.",
     )  # fmt: skip
     KV_CACHE_FP8: StrictBool = setting(
-        False, label="8-bit KV cache", section="LLMCompressor", advanced=True,
+        False, label="8-bit KV cache", section="LLMCompressor",
+        source=llm_compressor("QuantizationModifier", "kv_cache_scheme"), visible_when=when("RECIPE", "GPTQ", "RTN"),
+        advanced=True,
         help="On: the checkpoint also carries scales for an attention cache in 8-bit floats (GPTQ and RTN).",
     )  # fmt: skip
     DAMPENING_FRAC: float = setting(
-        0.01, label="Damping", section="LLMCompressor", ge=1e-6, le=1.0, advanced=True,
+        0.01, label="Damping", section="LLMCompressor",
+        source=llm_compressor("GPTQModifier", "dampening_frac"), visible_when=_used("DAMPENING_FRAC"),
+        ge=1e-6, le=1.0, advanced=True,
         help="GPTQ and SparseGPT add this part of the mean diagonal to the Hessian, so that it can be inverted.",
     )  # fmt: skip
     ACTORDER: Literal["static", "none"] = setting(
-        "static", label="Activation order", section="LLMCompressor", advanced=True,
+        "static", label="Activation order", section="LLMCompressor",
+        source=llm_compressor("GPTQModifier", "actorder"), visible_when=_used("ACTORDER"),
+        advanced=True,
         help="Order in which GPTQ rounds columns: static (by activation; groups stay in place), none (left to right).",
     )  # fmt: skip
     SMOOTHING_STRENGTH: float = setting(
-        0.8, label="Smoothing", section="LLMCompressor", ge=0.0, le=1.0, advanced=True,
+        0.8, label="Smoothing", section="LLMCompressor",
+        source=llm_compressor("SmoothQuantModifier", "smoothing_strength"), visible_when=_used("SMOOTHING_STRENGTH"),
+        ge=0.0, le=1.0, advanced=True,
         help="SmoothQuant: how much of the outliers moves from activations (0) into weights (1).",
     )  # fmt: skip
     MASK: Literal["2:4", "unstructured"] = setting(
-        "2:4", label="Mask", section="LLMCompressor", advanced=True,
+        "2:4", label="Mask", section="LLMCompressor",
+        source=llm_compressor("SparseGPTModifier", "mask_structure"), visible_when=_used("MASK"),
+        advanced=True,
         help="SparseGPT and Wanda: 2:4 is two zeros in every four weights, which GPUs speed up; unstructured "
         "puts zeros anywhere.",
     )  # fmt: skip
     SPARSITY: float = setting(
-        0.5, label="Sparsity", section="LLMCompressor", ge=0.05, le=0.95, advanced=True,
+        0.5, label="Sparsity", section="LLMCompressor",
+        source=llm_compressor("SparseGPTModifier", "sparsity"),
+        visible_when=[_used("SPARSITY"), when("MASK", "unstructured")],
+        ge=0.05, le=0.95, advanced=True,
         help="SparseGPT and Wanda: part of the weights that becomes zero. With mask 2:4 it is 0.5.",
     )  # fmt: skip
     AUTOROUND_ITERS: StrictInt = setting(
-        200, label="Iterations", section="LLMCompressor", unit="steps", ge=1, le=5000, advanced=True,
+        200, label="Iterations", section="LLMCompressor",
+        source=llm_compressor("AutoRoundModifier", "iters"), visible_when=_used("AUTOROUND_ITERS"),
+        unit="steps", ge=1, le=5000, advanced=True,
         help="AutoRound: steps of learning per decoder layer.",
     )  # fmt: skip
     dtype: Literal["bfloat16", "float16"] = setting(
-        "bfloat16", label="16-bit type", section="LLMCompressor", advanced=True,
+        "bfloat16", label="16-bit type", section="LLMCompressor", source=OWN, advanced=True,
         help="Type in which the model is loaded and its unquantized tensors are stored.",
     )  # fmt: skip
     ENGINE: Literal["llmcompressor", "native"] = setting(
-        "llmcompressor", label="Engine", section="LLMCompressor", advanced=True,
+        "llmcompressor", label="Engine", section="LLMCompressor",
+        source=OWN, visible_when=when("RECIPE", *NATIVE_RECIPES), advanced=True,
         help="llmcompressor is the package itself, with the whole model in memory. native makes the same kind of "
         "checkpoint with Quantdeck's streamed core: GPTQ, RTN, AWQ and AWQ+GPTQ with integer weights.",
     )  # fmt: skip

@@ -10,10 +10,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, field_validator
 
+from backend.schema.facts import LM_EVAL, OWN, unless, when
 from backend.schema.fields import setting
+from backend.schema.texts import DEMO
 
 TASK_NAME = re.compile(r"^[A-Za-z0-9_\-]+$")
 AUTO = "auto"
+ON = when("ENABLED", True)
+ON_TEXT = (unless("PROTOCOLS", None), when("FIDELITY", True))
 
 
 class CalibrationSettings(BaseModel):
@@ -25,6 +29,7 @@ class CalibrationSettings(BaseModel):
         128,
         label="Samples",
         section="Calibration",
+        source=OWN,
         unit="sequences",
         ge=1,
         le=65536,
@@ -35,6 +40,7 @@ class CalibrationSettings(BaseModel):
         512,
         label="Sequence length",
         section="Calibration",
+        source=OWN,
         unit="tokens",
         ge=16,
         le=131072,
@@ -45,6 +51,7 @@ class CalibrationSettings(BaseModel):
         "join",
         label="Rows",
         section="Calibration",
+        source=OWN,
         advanced=True,
         help="join: rows follow one another and are cut into sequences of equal length. sample: every row is one "
         "sequence of its own, at most SEQUENCE_LENGTH long, as in llm-compressor's guides. full: the same, but rows "
@@ -54,6 +61,7 @@ class CalibrationSettings(BaseModel):
         "auto",
         label="Chat template",
         section="Calibration",
+        source=OWN,
         advanced=True,
         help="auto: rows that hold a list of messages are written out by the model's own chat template. on: a row "
         "of plain text too, as one message of the user. off: only the text of messages is read.",
@@ -62,6 +70,7 @@ class CalibrationSettings(BaseModel):
         False,
         label="Shuffle rows",
         section="Calibration",
+        source=OWN,
         advanced=True,
         help="On: rows are drawn in a random order fixed by the seed, the order of datasets' own shuffle(seed). "
         "Off: in the order of the dataset.",
@@ -70,6 +79,8 @@ class CalibrationSettings(BaseModel):
         0,
         label="Seed",
         section="Calibration",
+        source=OWN,
+        visible_when=[(when("SHUFFLE", True), when("ALGORITHM", "AQLM"))],
         ge=0,
         le=2**32 - 1,
         advanced=True,
@@ -88,11 +99,12 @@ class TaskSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    NAME: str = setting(label="Task", section="Evaluation", help="Name of an installed lm-eval task.")
+    NAME: str = setting(label="Task", section="Evaluation", source=LM_EVAL, help="Name of an installed lm-eval task.")
     NUM_FEWSHOT: StrictInt = setting(
         0,
         label="Shots",
         section="Evaluation",
+        source=LM_EVAL,
         unit="examples",
         ge=0,
         le=100,
@@ -102,6 +114,7 @@ class TaskSettings(BaseModel):
         None,
         label="Limit",
         section="Evaluation",
+        source=LM_EVAL,
         unit="questions",
         ge=1,
         help="Only the first questions; empty for all.",
@@ -143,6 +156,7 @@ class EvaluationSettings(BaseModel):
         True,
         label="Evaluate",
         section="Evaluation",
+        source=OWN,
         help="Measure perplexity and accuracy of the baseline and of the quantized model after saving it.",
     )
     PROTOCOLS: list[Literal["gptq_wikitext", "full_window"]] = setting(
@@ -150,6 +164,8 @@ class EvaluationSettings(BaseModel):
         choices=["gptq_wikitext", "full_window"],
         label="Perplexity protocols",
         section="Evaluation",
+        source=OWN,
+        visible_when=ON,
         help="gptq_wikitext is the guides' protocol (512-token windows, second half scored). "
         "full_window scores every token of every window.",
     )
@@ -157,20 +173,56 @@ class EvaluationSettings(BaseModel):
         AUTO,
         label="Perplexity text",
         section="Evaluation",
+        source=OWN,
+        visible_when=[ON, ON_TEXT],
         advanced=True,
         help="Dataset for perplexity. 'auto': the demo text for the demo model, otherwise wikitext-2 as in the guides.",
     )
     DATASET_SUBNAME: str | None = setting(
-        None, label="Subset", section="Evaluation", advanced=True, help="Subset of the perplexity dataset."
+        None,
+        label="Subset",
+        section="Evaluation",
+        source=OWN,
+        visible_when=[
+            ON,
+            ON_TEXT,
+            unless("DATASET_NAME", AUTO, DEMO),
+        ],
+        advanced=True,
+        help="Subset of the perplexity dataset.",
     )
-    SPLIT: str = setting("test", label="Split", section="Evaluation", advanced=True, help="Split for perplexity.")
+    SPLIT: str = setting(
+        "test",
+        label="Split",
+        section="Evaluation",
+        source=OWN,
+        visible_when=[
+            ON,
+            ON_TEXT,
+            unless("DATASET_NAME", AUTO),
+        ],
+        advanced=True,
+        help="Split for perplexity.",
+    )
     TEXT_COLUMN: str = setting(
-        "text", label="Text column", section="Evaluation", advanced=True, help="Column that holds the text."
+        "text",
+        label="Text column",
+        section="Evaluation",
+        source=OWN,
+        visible_when=[
+            ON,
+            ON_TEXT,
+            unless("DATASET_NAME", AUTO, DEMO),
+        ],
+        advanced=True,
+        help="Column that holds the text.",
     )
     WINDOW: StrictInt = setting(
         512,
         label="Window",
         section="Evaluation",
+        source=OWN,
+        visible_when=[ON, (when("PROTOCOLS", "full_window"), when("FIDELITY", True))],
         unit="tokens",
         ge=32,
         le=131072,
@@ -181,6 +233,8 @@ class EvaluationSettings(BaseModel):
         None,
         label="Window limit",
         section="Evaluation",
+        source=OWN,
+        visible_when=[ON, ON_TEXT],
         unit="windows",
         ge=2,
         help="Read only the first windows of the text; empty for all of it.",
@@ -189,6 +243,8 @@ class EvaluationSettings(BaseModel):
         None,
         label="Accuracy tasks",
         section="Evaluation",
+        source=OWN,
+        visible_when=ON,
         help="lm-eval tasks as name:shots[:limit], e.g. arc_challenge:25. Empty: the demo task for the demo model, "
         "otherwise the guide's arc_challenge:25. [] for none.",
     )
@@ -196,6 +252,8 @@ class EvaluationSettings(BaseModel):
         True,
         label="Compare outputs",
         section="Evaluation",
+        source=OWN,
+        visible_when=ON,
         help="Measure how far the quantized model's predictions are from the baseline's on the perplexity text: mean "
         "KL divergence per token, and the share of tokens whose most likely successor changes.",
     )
@@ -203,6 +261,8 @@ class EvaluationSettings(BaseModel):
         64,
         label="Windows to compare",
         section="Evaluation",
+        source=OWN,
+        visible_when=[ON, when("FIDELITY", True)],
         unit="windows",
         ge=2,
         le=65536,
@@ -214,6 +274,8 @@ class EvaluationSettings(BaseModel):
         8,
         label="Batch size",
         section="Evaluation",
+        source=OWN,
+        visible_when=ON,
         unit="sequences",
         ge=1,
         le=1024,
@@ -250,21 +312,28 @@ class BenchmarkSettings(BaseModel):
         True,
         label="Benchmark",
         section="Benchmark",
+        source=OWN,
         help="Measure prefill and decode speed and peak memory of both models.",
     )
     PROMPT_TOKENS: StrictInt = setting(
-        128, label="Prompt", section="Benchmark", unit="tokens", ge=1, le=131072, advanced=True,
+        128, label="Prompt", section="Benchmark",
+        source=OWN, visible_when=ON,
+        unit="tokens", ge=1, le=131072, advanced=True,
         help="Length of the prompt that is prefilled.",
     )  # fmt: skip
     NEW_TOKENS: StrictInt = setting(
-        64, label="Decode", section="Benchmark", unit="tokens", ge=2, le=131072, advanced=True,
+        64, label="Decode", section="Benchmark",
+        source=OWN, visible_when=ON,
+        unit="tokens", ge=2, le=131072, advanced=True,
         help="Tokens generated one by one after the prompt.",
     )  # fmt: skip
     WARMUP: StrictInt = setting(
-        2, label="Warm-up", section="Benchmark", unit="runs", ge=0, le=100, advanced=True,
+        2, label="Warm-up", section="Benchmark",
+        source=OWN, visible_when=ON, unit="runs", ge=0, le=100, advanced=True,
         help="Runs of each model that are thrown away.",
     )  # fmt: skip
     REPETITIONS: StrictInt = setting(
-        7, label="Repetitions", section="Benchmark", unit="runs", ge=3, le=1000, advanced=True,
+        7, label="Repetitions", section="Benchmark",
+        source=OWN, visible_when=ON, unit="runs", ge=3, le=1000, advanced=True,
         help="Measured runs of each model, in turns; the median and its 95 % interval are reported.",
     )  # fmt: skip

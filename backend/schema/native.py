@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, field_validator, model_validator
 
 from backend.quantize.recipe import PER_CHANNEL
+from backend.schema.facts import OWN, unless, when
 from backend.schema.fields import OneOrMore, drop_empty, each, setting
 from backend.schema.section import AlgorithmSection
 
@@ -31,20 +32,32 @@ class OverrideSettings(BaseModel):
     PATTERN: str = setting(
         label="Pattern",
         section="Native",
+        source=OWN,
         help="Shell-style pattern over full names of Linears, e.g. model.layers.0.* or *.down_proj.",
     )
-    METHOD: Method | None = setting(None, label="Method", section="Native", help="Another method for these Linears.")
+    METHOD: Method | None = setting(
+        None, label="Method", section="Native", source=OWN, help="Another method for these Linears."
+    )
     W_BIT: Bits | None = setting(
-        None, label="Weight bits", section="Native", unit="bits", help="Other bits for these Linears."
+        None, label="Weight bits", section="Native", source=OWN, unit="bits", help="Other bits for these Linears."
     )
     Q_GROUP_SIZE: GroupSize | None = setting(
-        None, label="Group size", section="Native", unit="weights", help="Another group size for these Linears."
+        None,
+        label="Group size",
+        section="Native",
+        source=OWN,
+        unit="weights",
+        help="Another group size for these Linears.",
     )
     SYMMETRIC: StrictBool | None = setting(
-        None, label="Symmetric", section="Native", help="Another symmetry for these Linears."
+        None, label="Symmetric", section="Native", source=OWN, help="Another symmetry for these Linears."
     )
     KEEP: StrictBool = setting(
-        False, label="Keep", section="Native", help="On: these Linears stay in 16 bits, and nothing else is said."
+        False,
+        label="Keep",
+        section="Native",
+        source=OWN,
+        help="On: these Linears stay in 16 bits, and nothing else is said.",
     )
 
     @model_validator(mode="before")
@@ -89,6 +102,7 @@ class NativeSettings(AlgorithmSection):
         "GPTQ",
         label="Method",
         section="Native",
+        source=OWN,
         help="GPTQ corrects the error of each column in the next ones; AWQ scales the channels that matter most; "
         "AWQ+GPTQ does both, and corrects and refines what it can: least error, most time; RTN rounds to nearest. AWQ "
         "alone hardly beats plain rounding below 4 bits. Several make one result each.",
@@ -97,6 +111,7 @@ class NativeSettings(AlgorithmSection):
         4,
         label="Weight bits",
         section="Native",
+        source=OWN,
         unit="bits",
         help="Bits per quantized weight. Several make one result each, all from one pass over the calibration text.",
     )
@@ -104,6 +119,7 @@ class NativeSettings(AlgorithmSection):
         128,
         label="Group size",
         section="Native",
+        source=OWN,
         unit="weights",
         help="Weights along the input that share a scale and a zero; -1: all of a row. Smaller is more exact and "
         "larger on disk. Several make one result each.",
@@ -112,6 +128,7 @@ class NativeSettings(AlgorithmSection):
         False,
         label="Symmetric",
         section="Native",
+        source=OWN,
         help="Off: each group has its own zero (lower error). On: the middle code stands for 0, which more GPU "
         "kernels support.",
     )
@@ -119,6 +136,7 @@ class NativeSettings(AlgorithmSection):
         "compressed-tensors",
         label="Checkpoint format",
         section="Native",
+        source=OWN,
         help="compressed-tensors holds everything and loads in transformers and vLLM. GEMM and GEMV are AutoAWQ's "
         "layouts: 4 bits, one group size.",
     )
@@ -126,6 +144,7 @@ class NativeSettings(AlgorithmSection):
         default_factory=lambda: ["lm_head"],
         label="Left alone",
         section="Native",
+        source=OWN,
         advanced=True,
         help="Linears whose name contains one of these stay in 16 bits; [] for none.",
     )
@@ -133,6 +152,8 @@ class NativeSettings(AlgorithmSection):
         "keep",
         label="Odd sizes",
         section="Native",
+        source=OWN,
+        visible_when=[(unless("Q_GROUP_SIZE", -1), unless("OVERRIDES", None))],
         advanced=True,
         help="For a Linear whose input the group size does not divide. keep: it stays in 16 bits. fit: it gets the "
         "largest group size that divides it.",
@@ -141,6 +162,8 @@ class NativeSettings(AlgorithmSection):
         True,
         label="Activation order",
         section="Native",
+        source=OWN,
+        visible_when=[(when("METHOD", "GPTQ", "AWQ+GPTQ"), unless("OVERRIDES", None))],
         advanced=True,
         help="GPTQ rounds the inputs with the most energy first. Groups stay in place, so running costs nothing more.",
     )
@@ -148,6 +171,8 @@ class NativeSettings(AlgorithmSection):
         0.01,
         label="Damping",
         section="Native",
+        source=OWN,
+        visible_when=[(when("METHOD", "GPTQ", "AWQ+GPTQ"), unless("OVERRIDES", None))],
         ge=0.0001,
         le=1.0,
         advanced=True,
@@ -157,6 +182,8 @@ class NativeSettings(AlgorithmSection):
         True,
         label="Correct",
         section="Native",
+        source=OWN,
+        visible_when=[(when("METHOD", "AWQ+GPTQ"), unless("OVERRIDES", None))],
         advanced=True,
         help="AWQ+GPTQ: later Linears of a layer make up for the errors of earlier ones. Takes most of its time.",
     )
@@ -164,6 +191,8 @@ class NativeSettings(AlgorithmSection):
         2,
         label="Refinement",
         section="Native",
+        source=OWN,
+        visible_when=[(when("METHOD", "AWQ+GPTQ"), unless("OVERRIDES", None))],
         unit="sweeps",
         ge=0,
         le=20,
@@ -174,6 +203,7 @@ class NativeSettings(AlgorithmSection):
         default_factory=list,
         label="Exceptions",
         section="Native",
+        source=OWN,
         advanced=True,
         as_yaml=True,
         help="Exceptions for some Linears; the first pattern that matches decides. "
@@ -183,6 +213,7 @@ class NativeSettings(AlgorithmSection):
         "auto",
         label="16-bit type",
         section="Native",
+        source=OWN,
         advanced=True,
         help="Type in which the tensors that stay unquantized are stored. auto: as in the model, and float16 for "
         "GEMM and GEMV, whose kernels expect it.",

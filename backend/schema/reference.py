@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from backend.errors import ConfigError
+from backend.schema.facts import OWN, told
 from backend.schema.fields import FieldSpec, Group, describe, listed, sections
 from backend.schema.job import JobConfig
 
@@ -39,7 +40,8 @@ checks and `python -m backend schema KEY`: change the schema, then run
 
 Keys that Quantdeck does not know stay in the file and are told. An empty value means the default. Marks: **required**
 keys have no default; *advanced* keys are folded away in the form; *kept, not read* keys belong to other programs: they
-stay in the file, and change nothing here.
+stay in the file, and change nothing here. Where a key comes from stands in brackets; without them it is Quantdeck's
+own. A key that matters only beside others says when: elsewhere the form hides it, and the file keeps it.
 """
 
 
@@ -95,7 +97,10 @@ def find(key: str) -> list[Setting]:
 def help_of(setting: Setting) -> str:
     """The help of one setting for the terminal."""
     spec = setting.spec
-    rows = [("value", _allowed(spec)), ("default", _default(spec)), ("", ", ".join(_marks(spec)))]
+    rows = [
+        ("value", _allowed(spec)), ("default", _default(spec)), ("source", spec.source),
+        ("matters if", told(spec.visible_when).replace("`", "")), ("", ", ".join(_marks(spec))),
+    ]  # fmt: skip
     shown = "".join(f"  {name + ': ' if name else ''}{value}\n" for name, value in rows if value)
     return f"{setting.key}: {spec.label}\n{shown}  {spec.help}\n"
 
@@ -151,9 +156,15 @@ def _table(rows: list[FieldSpec]) -> str:
     lines = ["| key | value | default | what it does |", "|---|---|---|---|"]
     for spec in rows:
         marks = "".join(f" *{mark}.*" if mark != "required" else " **required.**" for mark in _marks(spec))
-        what = f"{_cell(spec.label)}. {_cell(spec.help)}{marks}"
+        what = f"{_cell(spec.label)}. {_cell(spec.help)}{_facts(spec)}{marks}"
         lines.append(f"| `{spec.key}` | {_cell(_allowed(spec))} | {_code(_default(spec))} | {what} |")
     return "\n".join(lines) + "\n"
+
+
+def _facts(spec: FieldSpec) -> str:
+    """When a setting matters, and where it comes from."""
+    matters = f" Matters if {told(spec.visible_when)}." if spec.visible_when else ""
+    return matters + ("" if spec.source == OWN else f" [{_cell(spec.source)}]")
 
 
 def _allowed(spec: FieldSpec) -> str:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, StrictBool, StrictFloat, StrictInt, model_validator
 
 from backend.schema.errors import ProblemAt
+from backend.schema.facts import MODELOPT, OWN, TENSORRT_EXAMPLE, TENSORRT_GUIDE, unless, when
 from backend.schema.fields import Group, OneOrMore, drop_empty, each, setting
 from backend.schema.section import AlgorithmSection
 from backend.tensorrt_llm.methods import ENGINE, LEGACY_VERSION, METHODS, PYTORCH
@@ -22,10 +23,13 @@ RUN = "TensorRTLLM run"
 LENGTHS = "TensorRTLLM engine"
 NO_EFFECT = "TensorRTLLM without effect"
 
-quantize = partial(setting, section=QUANTIZE)
-run = partial(setting, section=RUN)
-lengths = partial(setting, section=LENGTHS, advanced=True)
-no_effect = partial(setting, section=NO_EFFECT, advanced=True, ignored=True)
+CALIBRATED = [when("to_quantize", True), when("quant_method", *(m.name for m in METHODS.values() if m.needs_text))]
+AWQ = [when("to_quantize", True), when("quant_method", *(m.name for m in METHODS.values() if m.grouped))]
+
+quantize = partial(setting, section=QUANTIZE, source=TENSORRT_EXAMPLE)
+run = partial(setting, section=RUN, source=OWN, visible_when=when("BENCHMARK.ENABLED", True))
+lengths = partial(setting, section=LENGTHS, source=TENSORRT_EXAMPLE, advanced=True)
+no_effect = partial(setting, section=NO_EFFECT, source=TENSORRT_EXAMPLE, advanced=True, ignored=True)
 
 _BASE_ONLY = "The original reads it only for a Llama that it does not quantize; modelopt decides it by itself."
 
@@ -56,47 +60,53 @@ class TensorRTLLMSettings(AlgorithmSection):
     )
 
     to_quantize: StrictBool = quantize(
-        True, label="Quantize",
+        True, label="Quantize", source=TENSORRT_GUIDE,
         help="Off: the model is only exported in its 16-bit type, as the baseline of the guide's table.",
     )  # fmt: skip
     quant_method: OneOrMore[Literal["int4_awq", "fp8", "smoothquant", "int8", "w4a8_awq", "nvfp4"]] = quantize(
-        "int4_awq", label="Method",
+        "int4_awq", label="Method", source=TENSORRT_GUIDE, visible_when=when("to_quantize", True),
         help="int4_awq: 4-bit weights, any GPU from Ampere on. fp8: Ada and later. smoothquant and int8 run only in "
         f"engines of TensorRT-LLM {LEGACY_VERSION}. w4a8_awq: 4-bit weights with FP8 activations. nvfp4 is for "
         "Blackwell, and needs a GPU to quantize too. Several make one result each.",
     )  # fmt: skip
     dtype: Literal["float16", "bfloat16"] = quantize(
-        "float16", label="16-bit type", help="Type of everything that is not quantized, and of the computation."
+        "float16",
+        label="16-bit type",
+        source=TENSORRT_GUIDE,
+        help="Type of everything that is not quantized, and of the computation.",
     )
     smoothquant: StrictFloat = quantize(
-        0.5, label="SmoothQuant strength", ge=0.0, le=1.0,
+        0.5, label="SmoothQuant strength",
+        source=TENSORRT_GUIDE, visible_when=[when("to_quantize", True), when("quant_method", "smoothquant")],
+        ge=0.0, le=1.0,
         help="Only for smoothquant: how much of the activations' outliers is moved into the weights.",
     )  # fmt: skip
     calib_size: StrictInt = quantize(
-        32, label="Calibration samples", unit="sequences", ge=1, le=65536,
+        32, label="Calibration samples",
+        source=TENSORRT_GUIDE, visible_when=CALIBRATED, unit="sequences", ge=1, le=65536,
         help="Sequences of the calibration text that are read. CALIBRATION.SAMPLES counts more, if the file has it.",
     )  # fmt: skip
     max_seq_length: StrictInt = quantize(
-        2048, label="Calibration length", unit="tokens", ge=16, le=131072, advanced=True,
+        2048, label="Calibration length", visible_when=CALIBRATED, unit="tokens", ge=16, le=131072, advanced=True,
         help="Tokens per calibration sequence; for a model with fewer positions they are cut into pieces. "
         "CALIBRATION.SEQUENCE_LENGTH counts more, if the file has it.",
     )  # fmt: skip
     batch_size: StrictInt = quantize(
-        1, label="Calibration batch", unit="sequences", ge=1, le=1024, advanced=True,
+        1, label="Calibration batch", visible_when=CALIBRATED, unit="sequences", ge=1, le=1024, advanced=True,
         help="Sequences per forward pass of the calibration.",
     )  # fmt: skip
     awq_block_size: Literal[128, 64] = quantize(
-        128, label="AWQ block size", unit="weights", advanced=True,
+        128, label="AWQ block size", visible_when=AWQ, unit="weights", advanced=True,
         help="Weights along the input that share a scale, for int4_awq and w4a8_awq. TensorRT-LLM's kernels have 64 "
         "and 128; the original ignores the value and takes 128.",
     )  # fmt: skip
     AWQ_ALPHA_STEP: StrictFloat = quantize(
-        0.1, label="AWQ search step", ge=0.01, le=1.0, advanced=True,
+        0.1, label="AWQ search step", source=MODELOPT, visible_when=AWQ, ge=0.01, le=1.0, advanced=True,
         help="How finely AWQ's scales are searched: 0.1 tries 11 values per Linear, as modelopt does, 0.5 tries 3.",
     )  # fmt: skip
     # -- run
     BACKEND: Literal["auto", "pytorch", "tensorrt"] = run(
-        "auto", label="Backend",
+        "auto", label="Backend", visible_when=(),
         help=f"pytorch is TensorRT-LLM's own successor of its engines. tensorrt builds an engine, which only releases "
         f"up to {LEGACY_VERSION} can. auto: pytorch, or tensorrt for methods that run only there.",
     )  # fmt: skip
@@ -139,7 +149,7 @@ class TensorRTLLMSettings(AlgorithmSection):
         help="Tokens of all sequences of a step at most.",
     )  # fmt: skip
     max_prompt_embedding_table_size: StrictInt = lengths(
-        0, label="Prompt tuning table", unit="rows", ge=0, le=1_048_576,
+        0, label="Prompt tuning table", visible_when=unless("BACKEND", "pytorch"), unit="rows", ge=0, le=1_048_576,
         help="Rows of the table for prompt tuning; only for an engine.",
     )  # fmt: skip
     # -- kept

@@ -8,6 +8,11 @@ from collections.abc import Sequence
 
 from backend.schema.errors import ProblemAt
 
+DEMO = "quantdeck/demo"
+"""Name of the built-in model, and of the built-in text."""
+GSM8K_PRESET = "gsm8k_restructured"
+"""Name of a dataset that brings its own columns and format string."""
+
 
 def column_names(columns: str) -> list[str]:
     """The names of a comma-separated list of columns, trimmed."""

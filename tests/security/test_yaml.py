@@ -11,7 +11,8 @@ import pytest
 
 from backend.errors import ConfigError, ConfigErrors
 from backend.schema import parse_yaml, read_yaml
-from backend.schema.document import MAX_ALIASES, MAX_BYTES, MAX_DEPTH, MAX_NODES, decode_yaml
+from backend.schema.document import decode_yaml
+from backend.schema.yaml_text import MAX_ALIASES, MAX_BYTES, MAX_DEPTH, MAX_NODES
 from tests.conftest import demo_text
 
 LAUGHS = "a: &a [1]\n" + "".join(
