@@ -48,6 +48,7 @@ def _add_jobs(add: Callable[[str, Handler, str], argparse.ArgumentParser]) -> No
     run.add_argument("--unique", action="store_true", help="if the JOB_ID is taken, number it: NAME-2, NAME-3, ...")
     validate = add("validate", commands_jobs.validate, "check a YAML file without starting anything")
     validate.add_argument("config", help="the job's YAML file")
+    validate.add_argument("--online", action="store_true", help="ask the Hub what its model is, without downloading it")
     schema = add("schema", commands_schema.schema, "the keys of a job file: all of them, or the help of one")
     schema.add_argument("key", nargs="?", metavar="KEY", help="e.g. W_BIT, AutoAWQ.W_BIT or llm.AutoAWQ.W_BIT")
     written = schema.add_mutually_exclusive_group()

@@ -16,9 +16,13 @@ from backend.jobs.bundle import bundle
 from backend.jobs.follow import follow
 from backend.jobs.preflight import check_job
 from backend.jobs.results import result_object, results_of
+from backend.jobs.room import gigabytes
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
 from backend.schema import read_yaml
+from backend.schema.report import told_with_lines, warnings_with_lines
+from backend.sources import hub
+from backend.sources.models import resolve_model
 
 
 def print_json(value: Any) -> None:
@@ -31,9 +35,9 @@ def run(args: argparse.Namespace, home: Home) -> int:
     document = read_yaml(args.config)
     if args.unique:
         document = control.with_free_name(home, document)
-    for warning in document.warnings:
+    for warning in warnings_with_lines(document):
         print(f"warning: {warning}", file=sys.stderr)
-    job = control.submit(home, document.dump())
+    job = told_with_lines(document, lambda: control.submit(home, document.dump()))
     print(f"job {job.job_id} ({job.uid}) on {job.device}, log: {control.log_path(home, job.uid)}", file=sys.stderr)
     return _outcome(follow(home, job.uid), as_json=args.json)
 
@@ -70,10 +74,12 @@ def _outcome(job: Job, *, as_json: bool) -> int:
 def validate(args: argparse.Namespace, home: Home) -> int:
     """Check a job file without starting anything."""
     document = read_yaml(args.config)
-    config = document.config
-    for warning in document.warnings:
+    config = told_with_lines(document, lambda: document.config)
+    for warning in warnings_with_lines(document):
         print(f"warning: {warning}", file=sys.stderr)
-    checked = check_job(config, home)
+    if args.online and (source := resolve_model(config, home)).kind == "hub":
+        hub.inspect(home, source.id, config.REVISION)
+    checked = told_with_lines(document, lambda: check_job(config, home))
     for note in checked.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{args.config}: valid ({config.ALGORITHM} of {config.MODEL} on {checked.device})")
@@ -81,6 +87,11 @@ def validate(args: argparse.Namespace, home: Home) -> int:
         size, bits = checked.predicted.get(configuration.name), checked.bits.get(configuration.name)
         told = [f"{size / 1e6:.1f} MB of weights" if size else "", f"{bits:.2f} bits per weight" if bits else ""]
         print(f"  {configuration.label}" + (f": {', '.join(filter(None, told))}" if any(told) else ""))
+    if checked.known.basis:
+        print(f"  known {checked.known.basis}")
+    if checked.room is not None:
+        download = f"{gigabytes(checked.room.download)} of download and " if checked.room.download else ""
+        print(f"  disk: {download}up to {gigabytes(checked.room.results)} while it runs")
     return 0
 
 

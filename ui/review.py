@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +13,11 @@ from backend.errors import ConfigError, ConfigErrors, ModelError, QuantdeckError
 from backend.jobs.devices import describe_device
 from backend.jobs.estimate import Estimate, estimate
 from backend.jobs.preflight import Checked, check_job
+from backend.jobs.room import Room
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.schema import JobConfig
+from backend.sources.known_model import KnownModel
 from backend.sources.models import ModelFacts, model_facts, resolve_model
 from ui.draft import FIELDS, Draft, FormField, merge
 from ui.format import count, duration, size
@@ -70,11 +71,8 @@ def review(home: Home, draft: Draft, values: Sequence[Any]) -> Review:
         problems.append(_problem(ConfigError(message, key="JOB_ID")))
     if problems or config is None or checked is None:
         return Review(text, config, tuple(problems), tuple(document.warnings), None)
-    expected = None
-    with suppress(QuantdeckError):  # weights that are converted first cannot be measured yet
-        if checked.model.path is not None:
-            weights = _facts(str(checked.model.path)).weight_bytes
-            expected = estimate(home, config, weights, checked.device)
+    facts = checked.known.facts
+    expected = estimate(home, config, facts.weight_bytes, checked.device) if facts else None
     return Review(text, config, (), tuple(document.warnings), checked, expected)
 
 
@@ -118,8 +116,8 @@ def _named(problem: Problem) -> str:
 
 
 def _forecast(config: JobConfig, checked: Checked, expected: Estimate | None) -> str:
-    path = checked.model.path
-    baseline = _facts(str(path)).weight_bytes if path else None
+    known = checked.known
+    baseline = known.facts.weight_bytes if known.facts else None
     measures = ["quality"] if config.EVALUATION.ENABLED else []
     if config.BENCHMARK.ENABLED:
         own = config.ALGORITHM == "TensorRTLLM"
@@ -140,13 +138,20 @@ def _forecast(config: JobConfig, checked: Checked, expected: Estimate | None) ->
     rows = [
         ("Device", describe_device(checked.device)),
         *results,
+        ("Sizes are told", known.basis),
+        ("Download", _download_text(known)),
+        ("Disk space", _room_text(checked.room)),
         ("Calibration", f"{config.calibration.SAMPLES} x {config.calibration.SEQUENCE_LENGTH} tokens"),
         ("Time and memory", _expected_text(expected)),
         ("Measured after", ", ".join(["size", *measures])),
         ("Saved in", " and ".join([folder] if not own else [f"{folder}/{own[0]}", *own[1:]])),
     ]
     notes = "".join(f'<p class="qd-muted qd-small" style="margin:10px 0 0">{esc(note)}</p>' for note in checked.notes)
-    return (notice("error", *REMOTE_CODE) if config.TRUST_REMOTE_CODE else "") + facts(rows) + notes
+    return (
+        (notice("error", *REMOTE_CODE) if config.TRUST_REMOTE_CODE else "")
+        + facts([row for row in rows if row[1]])
+        + notes
+    )
 
 
 def _expected_text(expected: Estimate | None) -> str:
@@ -155,6 +160,21 @@ def _expected_text(expected: Estimate | None) -> str:
         return "no basis yet: no finished job with these settings of the algorithm on this device"
     memory = f", peak memory {size(expected.peak_bytes)}" if expected.peak_bytes else ""
     return f"about {duration(expected.seconds)} to quantize{memory}, going by job {expected.basis}"
+
+
+def _download_text(known: KnownModel) -> str:
+    """What has to be fetched of a model on the Hub; nothing for one that is here."""
+    if not known.basis or not known.download_bytes:
+        return ""
+    return f"{size(known.download_bytes)}, kept in the cache for later jobs"
+
+
+def _room_text(room: Room | None) -> str:
+    """What a job takes of the disk while it runs."""
+    if room is None:
+        return ""
+    parts = [size(room.download)] if room.download else []
+    return " + ".join([*parts, size(room.results)]) + " at most while it runs"
 
 
 def _bits_text(bits: float | None) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backend.disk import existing_folder, free_bytes
 from backend.engines.autoawq_checks import autoawq_problems
 from backend.engines.configurations import Configuration, by_the_core, configurations
 from backend.engines.llm_problems import llm_problems
@@ -16,11 +15,10 @@ from backend.engines.registry import engine_for
 from backend.errors import ConfigError, ConfigErrors, QuantdeckError
 from backend.evaluate.tasks import check_tasks
 from backend.formats.bits import predicted_bits
-from backend.formats.config import read_config_json
-from backend.formats.headers import has_only_pickles
-from backend.formats.size import predicted_additive_size, predicted_size, weight_bytes
+from backend.formats.size import predicted_additive_size, predicted_size
 from backend.jobs.aqlm_checks import check_aqlm
 from backend.jobs.devices import choose_device
+from backend.jobs.room import Room, check_room, room_of
 from backend.jobs.text_checks import check_calibration, check_tuning
 from backend.jobs.trtllm_checks import check_device, run_notes
 from backend.jobs.trust import check_remote_code
@@ -28,15 +26,13 @@ from backend.paths import Home
 from backend.quantize.recipe import Recipe
 from backend.schema import JobConfig
 from backend.settings import Settings
+from backend.sources.known_model import KnownModel, known_model
 from backend.sources.models import ModelSource, resolve_model
 from backend.sources.places import check_outputs
 from backend.sources.plan import calibration_source, evaluation_source, evaluation_tasks
-from backend.sources.quick_check import QuickFacts, kept_linears, kept_note, quick_check
+from backend.sources.quick_check import QuickFacts, kept_linears, kept_note
 from backend.sources.texts import check_rows
 from backend.tensorrt_llm.fit import check_fit, predicted_exports
-
-ROOM = 2.2
-"""Disk space that a result needs while it is made, in its own sizes: once as it grows, once as finished shards."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +41,23 @@ class Checked:
 
     Attributes:
         device: Where the job will run, `cpu` or `cuda:N`.
-        model: The model; its `path` is None if it has to be downloaded.
+        model: The model; its `path` is None if it comes from the Hub.
+        known: What is known of the model before it starts.
         configurations: The results that the job will make.
         predicted: Name of a configuration -> size of its weight files; without those that are not known before.
         bits: Name of a configuration -> bits per quantized weight, scales and codebooks included; as `predicted`.
         notes: Facts worth telling before the start.
+        room: Disk space that it needs; None if that is not known.
     """
 
     device: str
     model: ModelSource
+    known: KnownModel
     configurations: tuple[Configuration, ...]
     predicted: dict[str, int]
     bits: dict[str, float]
     notes: tuple[str, ...]
+    room: Room | None = None
 
     @property
     def predicted_bytes(self) -> int | None:
@@ -98,27 +98,27 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
     planned = tuple(configurations(config, device or "cpu"))
     attempt("", lambda: check_device(config, device or "cpu"))
     attempt("TRUST_REMOTE_CODE", lambda: check_remote_code(config, settings))
-    trusted = config.TRUST_REMOTE_CODE
     if any(_is_awq_below_4_bits(one) for one in planned):
         notes.append("AWQ alone hardly beats plain rounding below 4 bits; GPTQ or AWQ+GPTQ are better there.")
     model = attempt("MODEL", lambda: resolve_model(config, home, confined=confined))
     model_key = "CUSTOM_MODEL_PATH" if config.CUSTOM_MODEL_PATH else "MODEL"
     predicted: dict[str, int] = {}
     bits: dict[str, float] = {}
-    if model is not None and model.path is not None and settings.models.allow_pickle and has_only_pickles(model.path):
-        attempt(model_key, lambda: read_config_json(model.path, remote_code=trusted))
-        notes.append("The weights are stored as pickle: the job converts them first, and checks them then.")
-    elif model is not None and model.path is not None:
-        facts = attempt(model_key, lambda: quick_check(model.path, remote_code=trusted))
-        if facts is not None:
-            attempt(model_key, lambda: MODEL_CHECKS[config.ALGORITHM](facts, config, planned, notes))
-            if config.ALGORITHM == "TensorRTLLM":
-                notes += attempt("", lambda: run_notes(config, facts, home, model.path, device or "cpu")) or []
-            predicted, bits = _predicted(facts, config, device or "cpu")
-            attempt("USER_FOLDER", lambda: _check_disk(home, config, model.path, planned, predicted))
-    elif model is not None:
-        notes.append(f"{model.id} is downloaded when the job starts; its files are checked then.")
-    folder = model.path if model else None
+    known = room = None
+    if model is not None:
+        pickles = settings.models.allow_pickle
+        known = attempt(model_key, lambda: known_model(model, config, home, allow_pickle=pickles))
+    if known is not None and known.note:
+        notes.append(known.note)
+    if known is not None and (facts := known.facts) is not None:
+        attempt(model_key, lambda: MODEL_CHECKS[config.ALGORITHM](facts, config, planned, notes))
+        if config.ALGORITHM == "TensorRTLLM":
+            folder = known.folder or Path(model.id)
+            notes += attempt("", lambda: run_notes(config, facts, home, folder, device or "cpu")) or []
+        predicted, bits = _predicted(facts, config, device or "cpu")
+        room = room_of(planned, predicted, facts.weight_bytes, known.download_bytes)
+        attempt("USER_FOLDER", lambda: check_room(home, config, room, len(planned)))
+    folder = known.folder if known else None
     text = attempt("DATA_PATH", lambda: calibration_source(config, home, confined=confined))
     if text is not None and text.is_local:
         key = "DATA_PATH" if text.path else "DATASET_NAME"
@@ -137,7 +137,8 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
             attempt("EVALUATION.DATASET_NAME", lambda: check_rows(evaluation))
     if problems:
         raise ConfigErrors(problems)
-    return Checked(device, model, planned, predicted, bits, tuple(notes))
+    assert known is not None  # else its problem is among them
+    return Checked(device, model, known, planned, predicted, bits, tuple(notes), room)
 
 
 def _is_awq_below_4_bits(one: Configuration) -> bool:
@@ -242,26 +243,3 @@ def _size_of(facts: QuickFacts, one: Configuration) -> int:
 def _recipe_of(one: Configuration) -> Recipe:
     assert one.recipe is not None  # of the core
     return one.recipe
-
-
-def _check_disk(
-    home: Home, config: JobConfig, folder: Path, planned: Sequence[Configuration], predicted: dict[str, int]
-) -> None:
-    """Refuse a job whose results do not fit on the disk."""
-    # Where a result's size is not known before: none is larger than the model.
-    sizes = [predicted.get(one.name) or weight_bytes(folder) for one in planned]
-    needed = int(sum(sizes) * ROOM)
-    place = home.artefact_dir(config)
-    free = free_bytes(place)
-    if needed > free:
-        results = "its result needs" if len(planned) == 1 else f"its {len(planned)} results need"
-        raise ConfigError(
-            f"{results} up to {_gigabytes(needed)} while they are made, and the disk of {existing_folder(place)} has "
-            f"{_gigabytes(free)} free; free some space, or give a folder on another disk with --home",
-            key="USER_FOLDER",
-            value=config.USER_FOLDER,
-        )
-
-
-def _gigabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.3g} GB"

@@ -14,19 +14,23 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from backend.engines.environments import own_variables
 from backend.errors import ConfigError, ModelError, QuantdeckError
+from backend.formats.headers import TensorInfo
 from backend.paths import PROJECT, Home
 from backend.schema.job import is_revision
 from backend.sources import hub_token
 from backend.sources.hub_errors import WORKS_OFFLINE, HubUnreachable
 from backend.sources.models import ModelFacts, is_repo_id
+from backend.sources.quick_check import QuickFacts, check_tensors
 
 SEARCH_LIMIT_S, INSPECT_LIMIT_S = 20.0, 40.0
 KEPT_S, FAILURE_KEPT_S = 600.0, 20.0
+INSPECTION_KEPT_S = 3600.0  # while somebody fills a form
 MOST_KEPT = 200
 MOST_RESULTS = 20
 SHORTEST_SEARCH, LONGEST_SEARCH = 2, 100
@@ -71,11 +75,18 @@ class Inspected:
         model: What a list tells of it; `refused` is None if it can be quantized.
         commit: What the asked revision stands for now.
         facts: From its config.json and headers; None if they could not be read.
+        quick: What checks and forecasts ask of a model; None if it cannot be quantized, or its headers are too long
+            to be kept.
+        download_bytes: Of the files that a job downloads; None where the Hub does not tell.
+        pickle: Whether its weights are stored as pickle alone.
     """
 
     model: HubModel
     commit: str
     facts: ModelFacts | None
+    quick: QuickFacts | None = None
+    download_bytes: int | None = None
+    pickle: bool = False
 
 
 class _Kept:
@@ -115,8 +126,8 @@ def search(home: Home, text: str) -> list[HubModel]:
             f"give {SHORTEST_SEARCH} to {LONGEST_SEARCH} letters, digits, '.', '_', '-' or '/' of a model's name",
             key="search",
         )
-    answer = _ask(home, {"ask": "search", "text": text, "limit": MOST_RESULTS}, SEARCH_LIMIT_S)
-    return [HubModel(**row) for row in answer["models"] if is_repo_id(row["id"])]
+    found: list[HubModel] = _ask(home, {"ask": "search", "text": text, "limit": MOST_RESULTS}, SEARCH_LIMIT_S, _found)
+    return found
 
 
 def inspect(home: Home, repo_id: str, revision: str | None = None) -> Inspected:
@@ -131,12 +142,34 @@ def inspect(home: Home, repo_id: str, revision: str | None = None) -> Inspected:
         ConfigError: If the name or the revision can be none.
         ModelError: If there is no such model, it is closed to us, or the Hub cannot be asked; the message says which.
     """
-    answer = _ask(home, _inspection(repo_id, revision), INSPECT_LIMIT_S)
+    found: Inspected = _ask(home, _inspection(repo_id, revision), INSPECT_LIMIT_S, _inspected)
+    return found
+
+
+def peek(home: Home, repo_id: str, revision: str | None = None) -> Inspected | None:
+    """What `inspect` found a short while ago; None if nothing is known. Asks nobody."""
+    try:
+        found = _kept.get(_key(home, _inspection(repo_id, revision)))
+    except QuantdeckError:
+        return None
+    return found if isinstance(found, Inspected) else None
+
+
+def _inspected(answer: dict[str, Any]) -> Inspected:
+    """The program's answer, in our terms."""
     facts = ModelFacts(**answer["facts"]) if answer["facts"] else None
     model = HubModel(**{key: answer[key] for key in HubModel.__dataclass_fields__ if key in answer} | {
         "architecture": answer.get("architecture")
     })  # fmt: skip
-    return Inspected(model, answer["commit"], facts)
+    quick = None
+    if answer["tensors"] is not None:
+        tensors = [TensorInfo(name, dtype, tuple(shape), *rest) for name, dtype, shape, *rest in answer["tensors"]]
+        quick = check_tensors(model.id, answer["config"], tensors)
+    return Inspected(model, answer["commit"], facts, quick, answer["download_bytes"], answer["pickle"])
+
+
+def _found(answer: dict[str, Any]) -> list[HubModel]:
+    return [HubModel(**row) for row in answer["models"] if is_repo_id(row["id"])]
 
 
 def known(home: Home, repo_id: str, revision: str | None = None) -> bool:
@@ -165,13 +198,17 @@ def _key(home: Home, question: dict[str, Any]) -> tuple[Any, ...]:
     return (str(home.root), stamp, *settings, *sorted(question.items(), key=str))
 
 
-def _ask(home: Home, question: dict[str, Any], limit_s: float) -> dict[str, Any]:
+def _ask(home: Home, question: dict[str, Any], limit_s: float, read: Callable[[dict[str, Any]], Any]) -> Any:
+    """The answer to a question in our terms, or the error that it is; kept for a while."""
     key = _key(home, question)
     answer = _kept.get(key)
     if answer is None:
-        answer = _answer(home, question, limit_s)
-        _kept.put(key, answer, FAILURE_KEPT_S if "error" in answer else KEPT_S)
-    if "error" in answer:
+        told = _answer(home, question, limit_s)
+        failed = "error" in told
+        answer = told if failed else read(told)
+        kept_s = INSPECTION_KEPT_S if question["ask"] == "inspect" else KEPT_S
+        _kept.put(key, answer, FAILURE_KEPT_S if failed else kept_s)
+    if isinstance(answer, dict):
         raise (HubUnreachable if answer["unreachable"] else ModelError)(answer["error"])
     return answer
 

@@ -12,7 +12,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from backend.errors import CheckpointError, ModelError, QuantdeckError
 from backend.formats.config import ADAPTER_FILE, CONFIG_BYTES, refuse_code
 from backend.formats.headers import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, TensorInfo, described
 from backend.sources.hub_errors import HubUnreachable, hub_error
-from backend.sources.models import facts_of
+from backend.sources.models import WANTED_FILES, facts_of
 from backend.sources.quick_check import check_config, check_tensors
 
 REQUEST_S = 10.0
 MEMORY_BYTES = 4 * 2**30  # an answer that never ends must not take the machine's memory
 SEARCHED = ("config", "downloads", "gated", "lastModified", "likes", "pipeline_tag", "safetensors", "tags")
 LONGEST_TEXT = 200
+# What is told beyond the facts is kept in the page's memory: of models of a size that is sound, and no more.
+TOLD_CONFIG_BYTES, TOLD_TENSORS = 200_000, 20_000
 
 
 def search(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,11 +52,14 @@ def inspect(question: Mapping[str, Any]) -> dict[str, Any]:
     from huggingface_hub import HfApi
 
     api, name = HfApi(), question["id"]
-    model = api.model_info(name, revision=question["revision"], timeout=REQUEST_S)
+    model = api.model_info(name, revision=question["revision"], timeout=REQUEST_S, files_metadata=True)
     files = {sibling.rfilename for sibling in model.siblings or []}
     if not model.sha:
         raise ValueError("the answer names no commit")
-    answer: dict[str, Any] = {**_about(model), "commit": _text(model.sha), "facts": None, "refused": None}
+    answer: dict[str, Any] = {
+        **_about(model), "commit": _text(model.sha), "facts": None, "refused": None, "pickle": False,
+        "config": None, "tensors": None, "download_bytes": _download_bytes(model.siblings or []),
+    }  # fmt: skip
     try:
         config = _config(name, model.sha, files)
         answer["architecture"] = _architecture(config)
@@ -62,14 +67,31 @@ def inspect(question: Mapping[str, Any]) -> dict[str, Any]:
         answer["facts"] = asdict(facts_of(config, tensors))
         if ADAPTER_FILE in files:
             raise ModelError(f"{name} is an adapter for another model; merge the two and give the merged model")
-        refuse_code(Path(name, "config.json"), config)
         check_config(name, config)
         check_tensors(name, config, tensors)
+        if len(json.dumps(config)) <= TOLD_CONFIG_BYTES and len(tensors) <= TOLD_TENSORS:
+            answer |= {"config": config, "tensors": [[t.name, t.dtype, t.shape, t.file, t.nbytes] for t in tensors]}
+        refuse_code(Path(name, "config.json"), config)
     except (ModelError, CheckpointError) as error:
         if isinstance(error, HubUnreachable):
             raise
         answer["refused"] = error.message
+        answer["pickle"] = isinstance(error, OnlyPicklesError)
     return answer
+
+
+class OnlyPicklesError(ModelError):
+    """The model has weights, but none that can be read without running code."""
+
+
+def _download_bytes(siblings: Sequence[Any]) -> int | None:
+    """Bytes of the files that a job downloads; None where the Hub does not tell the size of one."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    sizes = {file.rfilename: file.size for file in siblings}
+    wanted = [sizes[name] for name in filter_repo_objects(sizes, allow_patterns=WANTED_FILES)]
+    whole = [size for size in wanted if type(size) is int and size >= 0]
+    return sum(whole) if whole and len(whole) == len(wanted) else None
 
 
 def _about(model: Any) -> dict[str, Any]:
@@ -138,7 +160,7 @@ def _tensors(api: Any, name: str, commit: str, files: set[str]) -> list[TensorIn
 
     if not {SINGLE_FILE, INDEX_FILE} & files:
         if any(Path(file).suffix in PICKLE_SUFFIXES for file in files):
-            raise ModelError(
+            raise OnlyPicklesError(
                 f"{name} holds its weights only as pickle, which can run code when it is opened; the operator can "
                 "allow its conversion ([models] allow_pickle in quantdeck.toml), or choose a model with "
                 "safetensors files"

@@ -24,6 +24,8 @@ from backend.sources.places import local_place
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
 Kind = Literal["demo", "local", "hub"]
+WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+"""What is downloaded of a model on the Hub: no pickles, no code."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from backend.settings import Settings
 from backend.sources.calibration import token_sequences
 from backend.sources.hub_errors import HubUnreachable, hub_error
 from backend.sources.messages import row_encoder
-from backend.sources.models import resolve_model
+from backend.sources.models import WANTED_FILES, resolve_model
 from backend.sources.pickles import DOWNLOADED, convert
 from backend.sources.places import check_outputs
 from backend.sources.plan import calibration_source, evaluation_source, tuning_source
@@ -36,7 +36,6 @@ from backend.sources.quick_check import quick_check
 from backend.sources.texts import read_calibration_rows, read_rows
 from backend.sources.tuning import check_block_type, held_out, tuning_sequences
 
-WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
 BUSY_WAITS_S = (1.0, 4.0, 15.0)
 """How long to wait before the next try when the Hub answers that it is busy or ill."""
 

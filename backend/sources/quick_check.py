@@ -34,11 +34,13 @@ class QuickFacts:
         config: Its config.json.
         headers: Every tensor, without a copy of tied embeddings.
         linears: Names of the Linears of its decoder layers and their weights' (out, in).
+        weight_bytes: Of all tensors, copies included.
     """
 
     config: dict[str, Any]
     headers: list[TensorInfo]
     linears: dict[str, tuple[int, int]]
+    weight_bytes: int = 0
 
 
 def quick_check(folder: Path, *, remote_code: bool = False) -> QuickFacts:
@@ -99,7 +101,8 @@ def check_tensors(model: str, config: Mapping[str, Any], tensors: Sequence[Tenso
     expected = config.get("num_hidden_layers")
     if isinstance(expected, int) and layers != set(range(expected)):
         raise ModelError(f"{model} holds the weights of {len(layers)} decoder layers; config.json says {expected}")
-    return QuickFacts(dict(config), headers, {t.name.removesuffix(".weight"): (t.shape[0], t.shape[1]) for t in found})
+    linears = {t.name.removesuffix(".weight"): (t.shape[0], t.shape[1]) for t in found}
+    return QuickFacts(dict(config), headers, linears, sum(t.nbytes for t in tensors))
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

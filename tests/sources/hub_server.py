@@ -120,7 +120,9 @@ def hub_server(
             if "/tree/" in rest:
                 tree = [{"type": "file", "path": n, "size": size, "oid": "0" * 40} for n, size in sizes.items()]
                 return self.send(200, {}, json.dumps(tree).encode(), True)
-            answer = {**self.facts(repo), "siblings": [{"rfilename": n} for n in sizes]}
+            told = parse_qs(urlsplit(self.path).query).get("blobs")
+            siblings = [{"rfilename": n, **({"size": size} if told else {})} for n, size in sizes.items()]
+            answer = {**self.facts(repo), "siblings": siblings}
             return self.send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), True)
 
         def send(self, status: int, headers: dict[str, str], data: bytes, body: bool, cut: bool = False) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -66,6 +67,14 @@ def changed(folder, **values):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **values}))
     return folder
+
+
+def keep(cache, name, folder):
+    """Put a model into a cache as huggingface_hub lays them out."""
+    entry = cache / f"models--{name.replace('/', '--')}"
+    (entry / "refs").mkdir(parents=True)
+    (entry / "refs" / "main").write_text(COMMIT)
+    return shutil.copytree(folder, entry / "snapshots" / COMMIT)
 
 
 def sharded(folder):
@@ -231,4 +240,29 @@ def test_whole_models_of_both_caches_are_listed(home, serve, model, monkeypatch)
     assert hub_cache.find_cached(home, "team/small", None) == small
     assert hub_cache.find_cached(home, "team/other", None) is None
     assert hub_cache.find_cached(home, "team/other", COMMIT) == other
+    assert hub_cache.find_cached(home, "team/part", COMMIT) is None
+    assert small.refused is None and abs(small.used - time.time()) < 3600
+    part = hub_cache.inventory(home).models[1]
+    assert (part.id, part.whole) == ("team/part", False) and "must hold model.safetensors" in part.refused
     assert model_facts(small.folder) == model_facts(MODEL_DIR)
+
+
+def test_the_inventory_says_why_a_copy_cannot_be_used_and_nothing_of_where_it_lies(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_cache, "KEPT_S", 0.0)
+    own = home.root / "own" / "hub"
+    keep(own, "team/whole", MODEL_DIR)
+    keep(own, "team/awq", changed(shutil.copytree(MODEL_DIR, tmp_path / "a"), quantization_config={"bits": 4}))
+    short = keep(own, "team/short", MODEL_DIR) / "model.safetensors"
+    data = short.read_bytes()
+    short.unlink()
+    short.write_bytes(data[:4000])
+    (own / "models--team--gone" / "refs").mkdir(parents=True)
+    assert hub_cache.inventory(home).models == ()
+    found = hub_cache.inventory(home, "own")
+    told = {model.id: model.refused for model in found.models}
+    assert told["team/whole"] is None and "quantized already" in told["team/awq"]
+    assert "not whole: model.safetensors is not a usable safetensors file: it is truncated" in told["team/short"]
+    assert found.damaged == ("team/gone",) and str(home.root) not in str(told)
+    assert hub_cache.inventory(home, "../../etc").models == ()
+    assert hub_cache.snapshot(own, "team/whole", None) == hub_cache.find_cached(home, "team/whole", None, "own").folder
+    assert hub_cache.snapshot(own, "team/whole", COMMIT) and not hub_cache.snapshot(own, "team/gone", None)

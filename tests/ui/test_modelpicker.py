@@ -1,5 +1,6 @@
 """The model picker of New job, through the real handlers and the real Hub client, from a server on loopback."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from tests.dashboard import IN_BROWSER, dashboard, watched_page
 from tests.security.site import call, outcome, running
 from tests.sources.hub_server import COMMIT, hub_server
 from tests.sources.test_hub import ABOUT, changed
+from ui.draft import TEMPLATE, open_draft
+from ui.review import review, review_html
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 OFFLINE = "http://127.0.0.1:9"
@@ -83,6 +86,21 @@ def test_a_hub_model_is_described_and_pinned(site, tmp_path, monkeypatch):
     assert "LlamaForCausalLM" in ask(site, "show_model", "quantdeck/demo", "", "")[0]
 
 
+def test_the_review_uses_what_was_found_out_without_a_download(site, monkeypatch):
+    draft = open_draft(TEMPLATE.replace("quantdeck/demo", "team/small", 1))
+    assert "known after the download" in review_html(review(site.home, draft, draft.shown))
+    with hub_server({"team/small": MODEL_DIR}) as (endpoint, asked):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        ask(site, "ask_model", "team/small", "", "")
+        asked.clear()
+        found = review_html(review(site.home, draft, draft.shown))
+        assert asked == []
+    here = open_draft(TEMPLATE)
+    sizes = re.compile(r"[\d.]+ MB, \d+ % of [\d.]+ MB")
+    assert sizes.findall(found) == sizes.findall(review_html(review(site.home, here, here.shown))) != []
+    assert f"commit {COMMIT[:12]}, nothing downloaded" in found and "kept in the cache for later jobs" in found
+
+
 def test_without_network_the_cache_is_offered(site, tmp_path, monkeypatch):
     monkeypatch.setattr("backend.sources.hub_cache.KEPT_S", 0.0)
     assert "not in the cache" in ask(site, "ask_model", "team/small", "", "")[0]
@@ -130,6 +148,7 @@ def test_a_model_is_found_used_and_pinned_in_the_page(tmp_path, monkeypatch):
             page.fill("#hub-text :is(input, textarea)", "small")
             page.get_by_role("button", name="Use").nth(1).click()
             page.locator("#model-facts", has_text=COMMIT[:12]).wait_for()
+            page.locator("#review", has_text="nothing downloaded").wait_for()  # by itself
             page.get_by_role("button", name="Pin this commit").click()
             page.locator("#yaml", has_text=COMMIT).wait_for()
             assert 'MODEL: "team/small"' in page.locator("#yaml").inner_text()

@@ -168,7 +168,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
     upload.upload(on_upload, [upload], **opening)
     fill.click(on_paste, [pasted], **opening)
     gr.on(
-        [demo.load, *(c.change for c in controls), draft.change],
+        [demo.load, *(c.change for c in controls), draft.change, picker.facts.change],  # the Hub tells late
         on_change, [draft, wrong, *controls], [summary, yaml, command, wrong, *controls],
         trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
     )  # fmt: skip
