@@ -29,10 +29,13 @@ class ConfigError(QuantdeckError):
         message: What is wrong and what is allowed.
         key: Dotted path of the offending key, e.g. `llm.AutoAWQ.Q_GROUP_SIZE`; empty for the whole file.
         value: The value that was found.
+        line: Line of the file in which the key stands, from 1; 0 if it does not, or that is not known.
     """
 
-    def __init__(self, message: str, *, key: str = "", value: object = None) -> None:
-        super().__init__(f"{key}: {message}" if key else message)
+    def __init__(self, message: str, *, key: str = "", value: object = None, line: int = 0) -> None:
+        where = f"line {line}: " if line else ""
+        super().__init__(where + (f"{key}: {message}" if key else message))
+        self.line = line
         self.key = key
         self.value = value
         self.detail = message

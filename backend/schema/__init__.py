@@ -9,6 +9,7 @@ from backend.schema.document import (
     SECTIONS,
     Document,
     new_document,
+    parse_file,
     parse_yaml,
     read_yaml,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "TensorRTLLMSettings",
     "describe",
     "new_document",
+    "parse_file",
     "parse_yaml",
     "read_yaml",
     "sections",

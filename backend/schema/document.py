@@ -7,7 +7,6 @@ Quantdeck does not know.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import stat
@@ -15,17 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
 from backend.errors import ConfigError, ConfigErrors
-from backend.schema.errors import config_errors
+from backend.schema.errors import UnreadableFile, config_errors
 from backend.schema.job import ALGORITHMS, JobConfig
+from backend.schema.json_text import is_json, json_values
 from backend.schema.measurement import BenchmarkSettings, CalibrationSettings, EvaluationSettings
 from backend.schema.odd_keys import refused_keys, section_at, unknown_keys
 from backend.schema.yaml_edit import last_leaf, leaf_at, move_comment_below, node_of
-from backend.schema.yaml_text import MAX_BYTES, MAX_LINES, Style, check_shape, plain_of, yaml_of
+from backend.schema.yaml_lines import keep_lines
+from backend.schema.yaml_text import MAX_BYTES, MAX_LINES, Style, check_shape, plain_of, written, yaml_of
 
 _PLACEHOLDER = re.compile(r"^([ \t]+)(\.\.\.other params[ \t]*\r?)$", re.MULTILINE)
 """A line of the TensorRT-LLM guide that stands for keys it does not show; it is no YAML and is read as a comment."""
@@ -46,9 +47,11 @@ class Document:
         'quantdeck/demo'
     """
 
-    def __init__(self, tree: CommentedMap, text: str | None) -> None:
+    def __init__(self, tree: CommentedMap, text: str | None, places: CommentedMap | None = None) -> None:
         self._tree = tree
         self._text = text  # None once something was changed
+        self._original = text
+        self._places = tree if places is None else places  # tells the lines
         self._style = Style.of(text or "")
         self._config: JobConfig | None = None
 
@@ -58,13 +61,23 @@ class Document:
         return plain_of(self._tree)
 
     def line_of(self, path: Sequence[str]) -> int | None:
-        """Where a key stands in the text that was read, lines from 0; None if it does not stand there."""
-        node: Any = self._tree
-        for key in path[:-1]:
-            node = node.get(key) if isinstance(node, Mapping) else None
-        if not isinstance(node, CommentedMap) or path[-1] not in node or path[-1] not in (node.lc.data or {}):
-            return None
-        return int(node.lc.key(path[-1])[0])
+        """Where a key stands in the text that was read, lines from 0; None if it does not stand there.
+
+        Args:
+            path: Keys from the top; of a list, the numbers of its items.
+        """
+        node: Any = self._places
+        line: int | None = None
+        for depth, part in enumerate(path):
+            if isinstance(node, CommentedMap) and part in node and part in (node.lc.data or {}):
+                line, node = int(node.lc.key(part)[0]), node[part]
+            elif isinstance(node, CommentedSeq) and part.isdecimal() and int(part) in (node.lc.data or {}):
+                line, node = int(node.lc.item(int(part))[0]), node[int(part)]
+            else:
+                # What a list's item, or a value that is no section, lacks is told where that stands.
+                inside = not isinstance(node, CommentedMap) or any(p.isdecimal() for p in path[:depth])
+                return line if inside else None
+        return line
 
     @property
     def config(self) -> JobConfig:
@@ -135,12 +148,47 @@ class Document:
             self._text = self._config = None
 
     def dump(self) -> str:
-        """The file's text; exactly the text that was read if nothing was changed."""
+        """The file's text; exactly the text that was read if nothing was changed, else all its other lines."""
         if self._text is None:
-            stream = io.StringIO()
-            yaml_of(self._style).dump(self._tree, stream)
-            self._text = stream.getvalue()
+            self._text = written(self._tree, self._style)
+            if self._original is not None:
+                self._text = self._in_its_spelling(self._original, self._text)
         return self._text
+
+    def _in_its_spelling(self, original: str, after: str) -> str:
+        before = written(yaml_of().load(_readable(original)), self._style)
+        text = keep_lines(original, before, after)
+        try:
+            same = plain_of(yaml_of().load(_readable(text))) == self.values
+        except (YAMLError, ConfigError):
+            same = False
+        return text if same else after
+
+
+def parse_file(text: str) -> Document:
+    """Read a job file in YAML or JSON; one in JSON is YAML from then on, with the lines of the JSON for messages.
+
+    Raises:
+        ConfigError: If it is neither, too large, or not a mapping of keys.
+    """
+    _check_size(text)
+    if not is_json(text):
+        return parse_yaml(text)
+    try:
+        values = json_values(text)
+    except UnreadableFile as error:
+        try:
+            return parse_yaml(text)  # YAML has braces too
+        except ConfigError:
+            raise error from None
+    try:
+        places = yaml_of().load(text.removeprefix("\ufeff").replace("\t", " "))  # a bare tab is no value in JSON
+    except (YAMLError, ValueError, RecursionError):
+        places = None
+    document = Document(node_of(values), None, places if isinstance(places, CommentedMap) else CommentedMap())
+    document.values  # noqa: B018  as for parse_yaml
+    check_shape(_readable(document.dump()))
+    return document
 
 
 def parse_yaml(text: str) -> Document:
@@ -152,32 +200,48 @@ def parse_yaml(text: str) -> Document:
     Raises:
         ConfigError: If it is not YAML, too large, or not a mapping of keys.
     """
-    size = len(text.encode("utf-8", "surrogatepass"))
-    if size > MAX_BYTES:
-        raise ConfigError(f"the file has {size} bytes; a job file has at most {MAX_BYTES}")
-    if text.count("\n") > MAX_LINES:
-        raise ConfigError(f"the file has {text.count(chr(10))} lines; a job file has at most {MAX_LINES}")
-    content = _PLACEHOLDER.sub(r"\1# \2", text.removeprefix("\ufeff"))
+    _check_size(text)
+    content = _readable(text)
     try:
         check_shape(content)
         tree = yaml_of().load(content)
     except MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = (error.problem or "malformed").splitlines()[0]
-        raise ConfigError(f"this is not valid YAML: {where}{problem}") from None
+        raise _unreadable(error, content) from None
     except ReaderError as error:
         line = content.count("\n", 0, error.position) + 1
-        raise ConfigError(f"this is not valid YAML: line {line}: it has a character that text cannot have") from None
+        raise UnreadableFile("YAML", "it has a character that text cannot have", "", line) from None
     except (YAMLError, ValueError, TypeError, NotImplementedError, RecursionError) as error:
         problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"this is not valid YAML: {problem}") from None
+        raise UnreadableFile("YAML", problem, text) from None
     if not isinstance(tree, CommentedMap):
         found = "nothing" if tree is None else type(tree).__name__
         raise ConfigError(f"found {found}; a job file is a list of `KEY: value` lines, see examples/")
     document = Document(tree, text)
     document.values  # noqa: B018  refuses tags, non-finite numbers and oversized trees at once
     return document
+
+
+def _unreadable(error: MarkedYAMLError, content: str) -> UnreadableFile:
+    """What the reader complains of, at the line to look at: where a list or text begins that has no end."""
+    mark, problem = error.problem_mark, (error.problem or "malformed").splitlines()[0]
+    if error.context and (begin := error.context_mark) and begin is not mark:
+        problem += f" ({error.context.splitlines()[0]} from line {begin.line + 1} on)"
+        if mark is None or not "".join(content.splitlines()[mark.line : mark.line + 1]).strip():
+            mark = begin
+    return UnreadableFile("YAML", problem, content, *((mark.line + 1, mark.column + 1) if mark else (0, 0)))
+
+
+def _check_size(text: str) -> None:
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_BYTES:
+        raise ConfigError(f"the file has {size} bytes; a job file has at most {MAX_BYTES}")
+    if text.count("\n") > MAX_LINES:
+        raise ConfigError(f"the file has {text.count(chr(10))} lines; a job file has at most {MAX_LINES}")
+
+
+def _readable(text: str) -> str:
+    """The text as the YAML reader takes it."""
+    return _PLACEHOLDER.sub(r"\1# \2", text.removeprefix("\ufeff").replace("\r\n", "\n"))
 
 
 def decode_yaml(raw: bytes, name: str = "this file") -> str:
@@ -216,7 +280,7 @@ def read_yaml(path: str) -> Document:
         raise ConfigError(f"cannot read {path!r}; give the path of a job's YAML file") from None
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path} has more than {MAX_BYTES} bytes; a job file has at most that")
-    return parse_yaml(decode_yaml(raw, path))
+    return parse_file(decode_yaml(raw, path))
 
 
 def new_document(values: Mapping[str, Any]) -> Document:
@@ -236,5 +300,6 @@ def _leaves(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator
 
 
 __all__ = [
-    "ALGORITHMS", "SECTIONS", "ConfigErrors", "Document", "decode_yaml", "new_document", "parse_yaml", "read_yaml",
+    "ALGORITHMS", "SECTIONS", "ConfigErrors", "Document", "decode_yaml", "new_document", "parse_file", "parse_yaml",
+    "read_yaml",
 ]  # fmt: skip

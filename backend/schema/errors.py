@@ -11,6 +11,7 @@ from backend.errors import ConfigError, ConfigErrors
 
 # A rule across keys names the key that has to change: `FORMAT: ...`, `OVERRIDES.0.W_BIT: ...`.
 _NAMED = re.compile(r"([A-Z][A-Z_]*(?:\.\d+)?(?:\.[A-Z_]+)?): (.*)", re.DOTALL)
+MOST_SHOWN = 160  # characters of a line that a message quotes
 _WANTED = {
     "string_type": "text (put it in quotes)",
     "int_type": "a whole number",
@@ -37,6 +38,36 @@ class ProblemAt(ValueError):  # noqa: N818 - a message with its place; pydantic 
         super().__init__(message)
         self.key = key
         self.value = value
+
+
+class UnreadableFile(ConfigError):  # noqa: N818 - named for what it is about
+    """A file that is not YAML, or not JSON.
+
+    Args:
+        kind: What it should be.
+        problem: What is wrong with it.
+        text: The file.
+        line: Where, from 1; 0 if that is not known.
+        column: Likewise.
+
+    Attributes:
+        line: Where, from 1; 0 if that is not known.
+        column: Likewise.
+        shown: That line of the file, or the part of a long one around the column.
+        caret: The column within `shown`, from 1.
+        problem: What is wrong, without the place.
+    """
+
+    def __init__(self, kind: str, problem: str, text: str, line: int = 0, column: int = 0) -> None:
+        lines = text.splitlines()
+        whole = lines[line - 1] if 0 < line <= len(lines) else ""
+        start = max(0, column - MOST_SHOWN // 2) if len(whole) > MOST_SHOWN else 0
+        self.shown = whole[start : start + MOST_SHOWN]
+        self.caret = column - start
+        where = f"line {line}, column {column}: " if line and column else f"line {line}: " if line else ""
+        said = f"; the line is: {self.shown.strip()}" if self.shown.strip() else ""
+        super().__init__(f"this is not valid {kind}: {where}{problem}{said}")
+        self.line, self.column, self.problem = line, column, problem
 
 
 def _sentence(error: Any) -> str:

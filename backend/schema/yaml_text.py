@@ -26,16 +26,25 @@ MAX_ALIASES = 50
 
 @dataclass(frozen=True)
 class Style:
-    """How a file spells booleans and empty values: `True` and nothing in the AWQ guide, `true` and `null` elsewhere."""
+    """How a file is spelt: `True` and nothing in the AWQ guide, `true` and `null` elsewhere; sections by 2 or 4.
+
+    Attributes:
+        lower: Whether booleans are written in lower case.
+        null: Whether empty values are written as `null`.
+        indent: Blanks by which a section's keys are set in.
+    """
 
     lower: bool = False
     null: bool = False
+    indent: int = 2
 
     @classmethod
     def of(cls, text: str) -> Style:
         """The spelling that a file has."""
         lower, upper = (len(re.findall(rf": +({words})\b", text)) for words in ("true|false", "True|False"))
-        return cls(lower > upper, re.search(r": +null\b", text) is not None)
+        section = re.search(r"^[^\s#][^\n#]*:[ \t]*(?:#.*)?\n(?:[ \t]*(?:#.*)?\n)*( {1,8})[^\s#-]", text, re.MULTILINE)
+        indent = len(section[1]) if section else 2
+        return cls(lower > upper, re.search(r": +null\b", text) is not None, indent)
 
 
 @cache
@@ -54,10 +63,19 @@ def _representer(style: Style) -> type[RoundTripRepresenter]:
 def yaml_of(style: Style | None = None) -> YAML:
     """What reads a file, and writes it in this style."""
     yaml = YAML(typ="rt", pure=True)
-    yaml.Representer = _representer(style or Style())
+    style = style or Style()
+    yaml.Representer = _representer(style)
+    yaml.map_indent = style.indent
     yaml.preserve_quotes = True
     yaml.width = 4096  # long FORMAT_STRINGs stay on their line
     return yaml
+
+
+def written(tree: Any, style: Style) -> str:
+    """A ruamel tree as text."""
+    stream = io.StringIO()
+    yaml_of(style).dump(tree, stream)
+    return stream.getvalue()
 
 
 def plain_of(node: Any, path: str = "", depth: int = 0, budget: list[int] | None = None) -> Any:
