@@ -20,6 +20,7 @@ from backend.jobs.room import gigabytes
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
 from backend.schema import read_yaml
+from backend.schema.report import told_with_lines, warnings_with_lines
 from backend.sources import hub
 from backend.sources.models import resolve_model
 
@@ -34,9 +35,9 @@ def run(args: argparse.Namespace, home: Home) -> int:
     document = read_yaml(args.config)
     if args.unique:
         document = control.with_free_name(home, document)
-    for warning in document.warnings:
+    for warning in warnings_with_lines(document):
         print(f"warning: {warning}", file=sys.stderr)
-    job = control.submit(home, document.dump())
+    job = told_with_lines(document, lambda: control.submit(home, document.dump()))
     print(f"job {job.job_id} ({job.uid}) on {job.device}, log: {control.log_path(home, job.uid)}", file=sys.stderr)
     return _outcome(follow(home, job.uid), as_json=args.json)
 
@@ -73,12 +74,12 @@ def _outcome(job: Job, *, as_json: bool) -> int:
 def validate(args: argparse.Namespace, home: Home) -> int:
     """Check a job file without starting anything."""
     document = read_yaml(args.config)
-    config = document.config
-    for warning in document.warnings:
+    for warning in warnings_with_lines(document):
         print(f"warning: {warning}", file=sys.stderr)
+    config = told_with_lines(document, lambda: document.config)
     if args.online and (source := resolve_model(config, home)).kind == "hub":
         hub.inspect(home, source.id, config.REVISION)
-    checked = check_job(config, home)
+    checked = told_with_lines(document, lambda: check_job(config, home))
     for note in checked.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{args.config}: valid ({config.ALGORITHM} of {config.MODEL} on {checked.device})")
