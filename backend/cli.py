@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from backend import commands_jobs, commands_machine, commands_schema, commands_served, commands_text
+from backend import commands_jobs, commands_machine, commands_schema, commands_served, commands_text, commands_tidy
 from backend.engines import environments
 from backend.errors import ConfigError, QuantdeckError
 from backend.jobs import export
@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     _add_jobs(add)
+    commands_tidy.add_commands(add)
     _add_machine(add)
     _add_served(add)
     return parser
@@ -65,6 +66,8 @@ def _add_jobs(add: Callable[[str, Handler, str], argparse.ArgumentParser]) -> No
         "--state", action="append", choices=(*ACTIVE, *FINAL), help="only jobs in this state; may be repeated"
     )
     jobs.add_argument("--limit", type=_count, default=LISTED, metavar="N", help=f"at most N (default: {LISTED})")
+    jobs.add_argument("--search", default="", metavar="TEXT", help="only jobs with this text, or a tag: tag:sweep")
+    jobs.add_argument("--deleted", action="store_true", help="the deleted jobs instead")
     jobs.add_argument("--json", action="store_true")
     compare = add("compare", commands_jobs.compare, "baseline against the quantized models of some jobs")
     compare.add_argument("job_id", nargs="*")

@@ -99,16 +99,23 @@ def jobs(args: argparse.Namespace, home: Home) -> int:
     """List jobs, newest first."""
     launch.watch(home)
     states = tuple(dict.fromkeys(args.state or ()))
-    found = JobStore(home).jobs(states=states, limit=args.limit)
+    found = JobStore(home).jobs(states=states, limit=args.limit, search=args.search, deleted=args.deleted)
     if args.json:
         print_json([{k: v for k, v in vars(job).items() if k != "config_yaml"} for job in found])
         return 0
     if not found:
-        which = f"no {' or '.join(states)} jobs" if states else "no jobs yet"
-        print(f"{which}; `python -m backend run examples/autoawq_demo.yaml` makes one")
+        which = " or ".join(["deleted"] if args.deleted else states)
+        if args.search:
+            print(f"no {which} job with {args.search!r}".replace("  ", " "))
+            return 0
+        none = f"no {which} jobs" if which else "no jobs yet"
+        print(f"{none}; `python -m backend run examples/autoawq_demo.yaml` makes one")
     for job in found:
         priority = f"{job.priority:>+4d}" if job.priority else "    "
-        print(f"{job.created_at[:19]}  {job.state:<10} {priority} {job.algorithm:<13} {job.job_id:<24} {job.model}")
+        tags = f"  [{' '.join(job.tags)}]" if job.tags else ""
+        print(
+            f"{job.created_at[:19]}  {job.state:<10} {priority} {job.algorithm:<13} {job.job_id:<24} {job.model}{tags}"
+        )
         if job.is_active and job.reason:
             print(f"{'':<21}{job.reason}")
     return 0

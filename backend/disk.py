@@ -30,9 +30,9 @@ class DiskFullError(JobError):
 
     def __init__(self, path: Path | str, needed: int | None = None) -> None:
         disk = mount_point(Path(path))
-        wanted = f"up to {_amount(needed)} more are needed, " if needed else ""
+        wanted = f"up to {amount(needed)} more are needed, " if needed else ""
         super().__init__(
-            f"no space left on the disk at {disk} while writing {path}: {wanted}{_amount(free_bytes(disk))} are "
+            f"no space left on the disk at {disk} while writing {path}: {wanted}{amount(free_bytes(disk))} are "
             "free. Nothing half-written was published. Free some space and resume the job: it goes on where it stopped"
         )
 
@@ -112,6 +112,7 @@ class Ballast:
         self.path.unlink(missing_ok=True)
 
 
-def _amount(n_bytes: int) -> str:
+def amount(n_bytes: int) -> str:
+    """Bytes in decimal units with three digits, e.g. `4.21 MB`."""
     unit, scale = next(((u, s) for u, s in _UNITS if n_bytes >= s), ("bytes", 1))
     return f"{n_bytes / scale:.3g} {unit}" if scale > 1 else f"{n_bytes} bytes"

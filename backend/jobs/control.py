@@ -78,6 +78,8 @@ def resume(home: Home, uid: str, redo: str = "", *, actor: str = "user") -> Job:
     job = store.get(uid)
     if not store.resume(job.uid, actor=actor, attempt=job.attempt, redo=redo):
         job = store.get(job.uid)
+        if job.deleted_at:
+            raise JobError(f"job {job.job_id} is deleted; restore it first")
         raise JobError(f"job {job.job_id} is {job.state}; only a failed or cancelled job can be resumed")
     launch.ensure_scheduler(home)
     return store.get(job.uid)

@@ -71,7 +71,7 @@ class Connection:
             self.raw.execute("ROLLBACK")
 
 
-MIGRATIONS = ("create_jobs", "schedule_jobs")
+MIGRATIONS = ("create_jobs", "schedule_jobs", "label_and_delete_jobs")
 """Names of every migration of this version, in order; `backend.jobs.migrations` has them. They are named here, too, so
 that it is imported only when one is pending: sqlite-utils imports pandas, and with it each runner would start 0.4 s
 later."""

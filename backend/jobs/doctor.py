@@ -37,10 +37,13 @@ def examine(home: Home, *, deep: bool = False, mend: bool = False, grace_s: floa
         findings += [examine_states(snapshot), examine_history(snapshot)]
         findings += examine_alive(home, grace_s)
         latest = read_tables(home, results=True)  # what the scheduler has changed meanwhile is final now
-        jobs = list(latest.jobs.values())
+        # A deleted job may lack anything, and of one that was deleted for good nothing is left but its history.
+        jobs = [job for job in latest.jobs.values() if job["deleted_at"] is None]
+        gone = [job for job in latest.jobs.values() if job["deleted_at"] is not None]
         findings.append(finding("results", *doctor_disk.results(home, jobs, deep=deep)))
-        findings.append(finding("half-published", *doctor_disk.half_published(home, jobs)))
-        findings.append(finding("run folders", *doctor_disk.run_folders(home, jobs, mend=mend)))
+        findings.append(finding("half-published", *doctor_disk.half_published(home, jobs, gone)))
+        findings.append(finding("run folders", *doctor_disk.run_folders(home, jobs, gone, mend=mend)))
+        findings.append(finding("deletions", *doctor_disk.deletions(home, gone, mend=mend)))
     findings.append(finding("disk", *doctor_disk.disk(home)))
     findings.append(finding("permissions", *doctor_disk.permissions(home, mend=mend)))
     findings.append(finding("accounts", *doctor_disk.readable_accounts(home)))

@@ -18,6 +18,7 @@ from backend.accounts import accounts_file, names
 from backend.disk import free_bytes
 from backend.engines.environments import environments
 from backend.errors import QuantdeckError
+from backend.jobs import deletion
 from backend.jobs.publish import MANIFEST, check_manifest
 from backend.jobs.results import results_of
 from backend.jobs.states import ACTIVE
@@ -76,9 +77,9 @@ def names_and_sizes(folder: Path) -> list[str]:
     return problems
 
 
-def half_published(home: Home, jobs: list[dict[str, Any]]) -> Found:
-    """Below the folders of results lies nothing but complete results and what active jobs are working on."""
-    active = {job["folder"] for job in jobs if job["state"] in ACTIVE}
+def half_published(home: Home, jobs: list[dict[str, Any]], gone: list[dict[str, Any]]) -> Found:
+    """Below the folders of results lies nothing but complete results, what active jobs are working on, and `gone`."""
+    active = {job["folder"] for job in jobs if job["state"] in ACTIVE} | {job["folder"] for job in gone}
     services = {home.root / job["folder"] for job in jobs}
     parents = {folder.parent for folder in services} | set((home.user_data / "jobs").glob("*"))
     problems, seen = [], 0
@@ -103,12 +104,15 @@ def _innermost(folder: Path) -> list[Path]:
     return own + [one for child in sorted(inner) for one in _innermost(child)]
 
 
-def run_folders(home: Home, jobs: list[dict[str, Any]], *, mend: bool) -> Found:
+def run_folders(home: Home, jobs: list[dict[str, Any]], gone: list[dict[str, Any]], *, mend: bool) -> Found:
     """Working folders belong to known jobs, and what only an unfinished job needs is gone once it has succeeded."""
     known = {job["uid"]: job for job in jobs}
+    deleted = {job["uid"] for job in gone}
     runs = home.private / "runs"
     problems, seen = [], 0
     for folder in sorted(runs.iterdir()) if runs.is_dir() else []:
+        if folder.name in deleted:
+            continue
         seen += 1
         job = known.get(folder.name)
         if job is None:
@@ -124,6 +128,23 @@ def run_folders(home: Home, jobs: list[dict[str, Any]], *, mend: bool) -> Found:
         if path.is_file() and path.stat().st_mtime < stale:
             problems.append(_remove(path, "a temporary file of a process that died", mend))
     return f"{seen} jobs", problems
+
+
+def deletions(home: Home, gone: list[dict[str, Any]], *, mend: bool) -> Found:
+    """No deletion for good was begun and left unfinished."""
+    problems = []
+    for job in gone:
+        if job["erased"] != "begun":
+            continue
+        what, mended = f"job {job['job_id']} ({job['uid']}) is only half deleted: a program died on the way", False
+        if mend:
+            try:
+                deletion.erase(home, job["uid"], actor="doctor")
+                mended = True
+            except QuantdeckError as error:
+                what = f"{what}; {error.message}"
+        problems.append((what, f"python -m backend delete --for-good {job['uid']}", mended))
+    return f"{len(gone)} deleted jobs", problems
 
 
 def _remove(path: Path, what: str, mend: bool) -> tuple[str, str, bool]:

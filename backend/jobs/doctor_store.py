@@ -16,6 +16,7 @@ from backend.paths import Home
 
 AT_WORK = ("starting", "running", "cancelling")
 LEGAL = {(source, target) for source, targets in MOVES.items() for target in targets}
+LEGAL |= {(state, state) for state in FINAL}  # a job that is over was deleted or restored
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def connect(home: Home, mode: str = "ro") -> Iterator[sqlite3.Connection]:
 
 def read_tables(home: Home, *, results: bool = False) -> Snapshot:
     """All tables in one read transaction; the jobs' results only if they are asked for, since they are large."""
-    columns = "uid, job_id, folder, device, state, attempt, artefact, stalled" + (", result" if results else "")
+    columns = "uid, job_id, folder, device, state, attempt, artefact, stalled, deleted_at, erased"
+    columns += ", result" if results else ""
     with connect(home) as db:
         db.execute("BEGIN")
         jobs = [dict(row) for row in db.execute(f"SELECT {columns} FROM jobs ORDER BY uid")]

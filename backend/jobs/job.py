@@ -30,6 +30,10 @@ class Job:
         heartbeat: Counts up while the runner is well.
         stalled: True if the heartbeat stands still although the runner lives.
         redo: `measure` if what was measured before is to be measured again, else empty.
+        tags: Words that people gave it, see `backend.jobs.labels`.
+        note: What people noted about it.
+        deleted_at: When it was deleted; None unless it is.
+        erased: `begun` if it is being deleted for good, and what is left of it may be incomplete.
     """
 
     uid: str
@@ -55,6 +59,10 @@ class Job:
     heartbeat: int = 0
     stalled: bool = False
     redo: str = ""
+    tags: tuple[str, ...] = ()
+    note: str = ""
+    deleted_at: str | None = None
+    erased: str | None = None
 
     @property
     def is_active(self) -> bool:

@@ -11,6 +11,7 @@ from backend.errors import JobError
 from backend.jobs import database
 from backend.jobs.database import Connection
 from backend.jobs.job import Instance, Job, Lease
+from backend.jobs.listing import condition, order
 from backend.jobs.states import FINAL, STARTED, State
 from backend.paths import Home
 
@@ -36,60 +37,95 @@ class JobReader:
         with database.opened(self.home) as db:
             yield db
 
+    def query(self, query: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """The rows of a query that changes nothing."""
+        with self._open() as db:
+            return db.query(query, values)
+
     @staticmethod
     def _job(row: dict[str, Any]) -> Job:
         row["progress"] = json.loads(row["progress"])
         row["result"] = json.loads(row["result"]) if row.get("result") else None
         row["stalled"] = bool(row["stalled"])
+        row["tags"] = tuple(row["tags"].split())
         row.setdefault("config_yaml", "")
         return Job(**row)
 
     def get(self, uid: str) -> Job:
-        """The job with this uid, or with this JOB_ID (the newest of that name).
+        """The job with this uid, or with this JOB_ID (the newest of that name that is not deleted).
 
         Raises:
             JobError: If there is none.
         """
         with self._open() as db:
-            rows = db.query("SELECT * FROM jobs WHERE uid = :id OR job_id = :id ORDER BY uid DESC LIMIT 1", {"id": uid})
+            rows = db.query(
+                "SELECT * FROM jobs WHERE (uid = :id AND erased IS NULL) OR (job_id = :id AND deleted_at IS NULL) "
+                "ORDER BY uid DESC LIMIT 1",
+                {"id": uid},
+            )
         if not rows:
             raise JobError(f"there is no job {uid!r}; `python -m backend jobs` lists them")
         return self._job(rows[0])
 
-    def jobs(self, *, states: Sequence[State] = (), limit: int = 1000, offset: int = 0, search: str = "") -> list[Job]:
-        """The newest jobs first.
+    def get_deleted(self, uid: str) -> Job:
+        """The deleted job with this uid, or with this JOB_ID (of several, the one that was deleted last).
+
+        Raises:
+            JobError: If there is none, or nothing is left of it.
+        """
+        with self._open() as db:
+            rows = db.query(
+                "SELECT * FROM jobs WHERE :id IN (uid, job_id) AND deleted_at IS NOT NULL AND erased IS NOT 'done' "
+                "ORDER BY deleted_at DESC, uid DESC LIMIT 1",
+                {"id": uid},
+            )
+        if not rows:
+            raise JobError(f"there is no deleted job {uid!r}; `python -m backend jobs --deleted` lists them")
+        return self._job(rows[0])
+
+    def jobs(
+        self, *, states: Sequence[State] = (), limit: int = 1000, offset: int = 0, search: str = "", sort: str = "",
+        deleted: bool = False,
+    ) -> list[Job]:  # fmt: skip
+        """Jobs, the newest first unless they are sorted.
 
         Args:
             states: Only jobs in one of these; all if empty.
             limit: At most so many.
-            offset: So many of the newest are left out.
-            search: Only jobs with this text in name, model, algorithm or uid, in capital or small letters.
+            offset: So many of the first are left out.
+            search: Only jobs with this text in name, model, algorithm, uid, tags or note, in capital or small
+                letters, and with the tags that it names as `tag:sweep`.
+            sort: One of `listing.SORTS`, with `-` before it for the other direction.
+            deleted: The deleted jobs instead of the others.
         """
-        return self._list("*", states, limit, offset, search)
+        return self._list("*", condition(states, search, deleted=deleted), order(sort), limit, offset)
 
     def summaries(
-        self, *, states: Sequence[State] = (), limit: int = 1000, offset: int = 0, search: str = ""
-    ) -> list[Job]:
+        self, *, states: Sequence[State] = (), limit: int = 1000, offset: int = 0, search: str = "", sort: str = "",
+        deleted: bool = False,
+    ) -> list[Job]:  # fmt: skip
         """`jobs` without their files and results (`config_yaml` is empty, `result` None), for long lists."""
-        return self._list(LIGHT, states, limit, offset, search)
+        return self._list(LIGHT, condition(states, search, deleted=deleted), order(sort), limit, offset)
 
-    def _list(self, columns: str, states: Sequence[State], limit: int, offset: int, search: str) -> list[Job]:
-        where, values = _where(states, search)
-        query = f"SELECT {columns} FROM jobs {where} ORDER BY uid DESC LIMIT ? OFFSET ?"
+    def _list(self, columns: str, where: tuple[str, list[Any]], by: str, limit: int, offset: int) -> list[Job]:
+        wanted, values = where
+        # What is sorted are the ids alone: the rows of a page are read afterwards.
+        query = f"SELECT {columns} FROM jobs WHERE uid IN (SELECT uid FROM jobs {wanted} {by} LIMIT ? OFFSET ?) {by}"
         with self._open() as db:
             rows = db.query(query, [*values, limit, offset])
         return [self._job(row) for row in rows]
 
-    def count(self, states: Sequence[State] = (), search: str = "") -> int:
+    def count(self, states: Sequence[State] = (), search: str = "", *, deleted: bool = False) -> int:
         """How many jobs `jobs` would list without a limit."""
-        where, values = _where(states, search)
+        where, values = condition(states, search, deleted=deleted)
         with self._open() as db:
             return int(db.execute(f"SELECT count(*) FROM jobs {where}", values).fetchone()[0])
 
     def counts(self) -> dict[str, int]:
-        """How many jobs are in each state; states without any are left out."""
+        """How many jobs are in each state; states without any are left out, and so are deleted jobs."""
         with self._open() as db:
-            return dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+            query = "SELECT state, count(*) FROM jobs WHERE deleted_at IS NULL GROUP BY state"
+            return dict(db.execute(query).fetchall())
 
     def history(self, uid: str) -> list[dict[str, Any]]:
         """The job's changes of state, oldest first."""
@@ -130,20 +166,6 @@ class JobReader:
             for query, words in CHECKS:
                 found += [words.format(*row) for row in db.execute(query)]
         return found
-
-
-def _where(states: Sequence[State], search: str) -> tuple[str, list[Any]]:
-    """The condition of a list of jobs, and its values."""
-    parts: list[str] = []
-    values: list[Any] = []
-    if states:
-        parts.append(f"state IN ({', '.join('?' * len(states))})")
-        values += list(states)
-    if search.strip():
-        parts.append("(job_id || ' ' || model || ' ' || algorithm || ' ' || uid) LIKE ? ESCAPE '\\'")
-        escaped = search.strip().replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-        values.append(f"%{escaped}%")
-    return (f"WHERE {' AND '.join(parts)}" if parts else ""), values
 
 
 _FINAL = ", ".join(f"'{state}'" for state in FINAL)

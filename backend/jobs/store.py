@@ -67,7 +67,7 @@ class JobStore(JobReader):
     """
 
     @contextlib.contextmanager
-    def _write(self) -> Iterator[Connection]:
+    def writing(self) -> Iterator[Connection]:
         """One write transaction; it takes the lock at its start, so it never fails half-way on a busy database."""
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
@@ -79,12 +79,12 @@ class JobStore(JobReader):
                 raise
 
     def _find(self, db: Connection, uid: str, attempt: int) -> Job | None:
-        """The job if this still is its attempt."""
-        rows = db.query("SELECT * FROM jobs WHERE uid = ? AND attempt = ?", [uid, attempt])
+        """The job if this still is its attempt, and it is not deleted."""
+        rows = db.query("SELECT * FROM jobs WHERE uid = ? AND attempt = ? AND deleted_at IS NULL", [uid, attempt])
         return self._job(rows[0]) if rows else None
 
     @staticmethod
-    def _record(db: Connection, job: Job, to: State, actor: str, reason: str | None, *, new: bool = False) -> str:
+    def record(db: Connection, job: Job, to: State, actor: str, reason: str | None, *, new: bool = False) -> str:
         """Add a row to the history; returns its time, which is never before that of the row before it."""
         last = db.execute("SELECT at FROM job_events WHERE uid = ? ORDER BY id DESC LIMIT 1", [job.uid]).fetchone()
         at = max(now(), last[0]) if last else job.created_at
@@ -109,12 +109,13 @@ class JobStore(JobReader):
         """
         folder = str(self.home.artefact_dir(config).relative_to(self.home.root))
         hours = config.TIME_LIMIT_HOURS
-        with self._write() as db:
-            taken = db.query("SELECT state, created_at FROM jobs WHERE folder = ?", [folder])
+        with self.writing() as db:
+            taken = db.query("SELECT state, created_at, deleted_at FROM jobs WHERE folder = ?", [folder])
             if taken or (self.home.root / folder).exists():
-                what = (
-                    f"a {taken[0]['state']} job of {taken[0]['created_at'][:19]}" if taken else f"the folder {folder}"
-                )
+                what = f"the folder {folder}"
+                if taken:
+                    kind = "deleted" if taken[0]["deleted_at"] else taken[0]["state"]
+                    what = f"a {kind} job of {taken[0]['created_at'][:19]}"
                 raise ConfigErrors(
                     [
                         ConfigError(
@@ -133,8 +134,8 @@ class JobStore(JobReader):
                 started_at=None, finished_at=None, priority=config.PRIORITY, max_attempts=config.MAX_ATTEMPTS,
                 time_limit_s=hours * 3600.0 if hours is not None else None,
             )  # fmt: skip
-            db.insert("jobs", {**vars(job), "progress": "{}", "result": None, "stalled": 0})
-            self._record(db, job, "queued", actor, None, new=True)
+            db.insert("jobs", {**vars(job), "progress": "{}", "result": None, "stalled": 0, "tags": ""})
+            self.record(db, job, "queued", actor, None, new=True)
         return job
 
     def _free_name(self, db: Connection, config: JobConfig) -> str:
@@ -186,7 +187,7 @@ class JobStore(JobReader):
             raise ValueError("a job is queued by `create`, `requeue` and `resume`, and starts by `grant`")
         sources = (only_from,) if only_from else sources_of(to)
         reason = redact(reason) if reason else reason
-        with self._write() as db:
+        with self.writing() as db:
             before = self._find(db, uid, attempt)
             if before is None:
                 if not db.execute("SELECT 1 FROM jobs WHERE uid = ?", [uid]).fetchone():
@@ -194,7 +195,7 @@ class JobStore(JobReader):
                 return False
             if before.state not in sources or to not in MOVES[before.state]:
                 return False
-            at = self._record(db, before, to, actor, reason)
+            at = self.record(db, before, to, actor, reason)
             stamp = {"running": ", started_at = :at"}.get(to, ", finished_at = :at" if to in FINAL else "")
             db.execute(
                 f"UPDATE jobs SET state = :to, reason = :reason, outcome = :outcome, stalled = 0{stamp} "
@@ -213,14 +214,14 @@ class JobStore(JobReader):
             attempt, or somebody holds one of the resources.
         """
         wanted = list(resources)
-        with self._write() as db:
+        with self.writing() as db:
             job = self._find(db, uid, attempt)
             if job is None or job.state != "queued":
                 return False
             marks = ", ".join("?" * len(wanted))
             if db.execute(f"SELECT 1 FROM leases WHERE resource IN ({marks})", wanted).fetchone():
                 return False
-            at = self._record(db, job, "starting", "scheduler", None)
+            at = self.record(db, job, "starting", "scheduler", None)
             db.execute_all("INSERT INTO leases VALUES (?, ?, ?, ?)", [(r, uid, attempt, at) for r in wanted])
             db.execute("UPDATE jobs SET state = 'starting', reason = NULL WHERE uid = ?", [uid])
         return True
@@ -233,7 +234,7 @@ class JobStore(JobReader):
         """`wait` for several jobs (uid, attempt, reason) in one transaction; writes only what changed."""
         if not waits:
             return
-        with self._write() as db:
+        with self.writing() as db:
             db.execute_all(
                 "UPDATE jobs SET reason = :reason WHERE uid = :uid AND attempt = :attempt AND state = 'queued' "
                 "AND reason IS NOT :reason",
@@ -266,7 +267,7 @@ class JobStore(JobReader):
     def _queue_again(
         self, uid: str, attempt: int, actor: str, reason: str, states: tuple[State, ...], *, redo: str | None
     ) -> bool:
-        with self._write() as db:
+        with self.writing() as db:
             before = self._find(db, uid, attempt)
             if before is None or before.state not in states:
                 return False
@@ -276,7 +277,7 @@ class JobStore(JobReader):
                 "finished_at = NULL WHERE uid = :uid",
                 {"uid": uid, "redo": redo, "reason": reason if redo is None else None},
             )
-            self._record(db, replace(before, attempt=attempt + 1), "queued", actor, reason)
+            self.record(db, replace(before, attempt=attempt + 1), "queued", actor, reason)
         return True
 
     def beat(self, uid: str, attempt: int) -> bool:
@@ -286,7 +287,7 @@ class JobStore(JobReader):
             False if this attempt is no longer the job's, or has ended: its runner must stop and write nothing.
         """
         marks = ", ".join(f"'{state}'" for state in STARTED)
-        with self._write() as db:
+        with self.writing() as db:
             done = db.execute(
                 f"UPDATE jobs SET heartbeat = heartbeat + 1 WHERE uid = ? AND attempt = ? AND state IN ({marks})",
                 [uid, attempt],
@@ -295,7 +296,7 @@ class JobStore(JobReader):
 
     def set_stalled(self, uid: str, attempt: int, stalled: bool) -> None:
         """Note that the heartbeat of an attempt stands still, or goes on again."""
-        with self._write() as db:
+        with self.writing() as db:
             db.execute("UPDATE jobs SET stalled = ? WHERE uid = ? AND attempt = ?", [int(stalled), uid, attempt])
 
     def update(self, uid: str, attempt: int, **columns: Any) -> bool:
@@ -309,7 +310,7 @@ class JobStore(JobReader):
             raise ValueError(f"only {sorted(allowed)} can be updated, not {sorted(columns)}")
         values = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in columns.items()}
         sets = ", ".join(f"{name} = :{name}" for name in values)
-        with self._write() as db:
+        with self.writing() as db:
             done = db.execute(
                 f"UPDATE jobs SET {sets} "
                 "WHERE uid = :uid AND attempt = :attempt AND state IN ('running', 'cancelling')",
@@ -332,13 +333,13 @@ class JobStore(JobReader):
             for one in self.instances()
             if one.host == host and (one.boot_id != boot or start_ticks(one.pid) != one.started)
         ]
-        with self._write() as db:
+        with self.writing() as db:
             db.execute_all("DELETE FROM instances WHERE id = ?", ended)
             return db.insert("instances", row)
 
     def unregister(self, number: int) -> None:
         """Remove a note of `register`."""
-        with self._write() as db:
+        with self.writing() as db:
             db.execute("DELETE FROM instances WHERE id = ?", [number])
 
     def backup(self, target: Path) -> None:

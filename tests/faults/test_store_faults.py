@@ -121,7 +121,7 @@ def test_eight_processes_start_a_thousand_jobs_once_each_in_order(home):
     store, jobs = JobStore(home), 1000
     first = make(store, "j0")
     row = vars(first)
-    with store._write() as db:  # a thousand syncs for making them would prove nothing
+    with store.writing() as db:  # a thousand syncs for making them would prove nothing
         for number in range(1, jobs):
             uid = f"{int(first.uid[:12], 16) + number:012x}{number:010x}"
             more = {"uid": uid, "job_id": f"j{number}", "folder": f"f{number}", "priority": number % 3}

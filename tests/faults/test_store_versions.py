@@ -93,7 +93,7 @@ def test_a_database_of_the_first_version_is_brought_up_once_by_two_processes_at_
     assert store.get("succeeded").result == {"rows": [3]} and store.get("running").device == "cuda:0"
     with sqlite3.connect(home.jobs_db) as db:
         applied = db.execute("SELECT name FROM _sqlite_migrations ORDER BY id").fetchall()
-    assert applied == [("create_jobs",), ("schedule_jobs",)]
+    assert applied == [("create_jobs",), ("schedule_jobs",), ("label_and_delete_jobs",)]
     copies = sorted(path.name for path in home.root.glob("jobs.db.before*"))
     assert copies == ["jobs.db.before-schedule_jobs"]
     with sqlite3.connect(home.root / copies[0]) as old, sqlite3.connect(":memory:") as fresh:
