@@ -16,8 +16,7 @@ from benchmarks.processes import ONE_THREAD, Usage, call, run
 
 PROGRAM, AQLM_PROGRAM = "backend.engines.native", "backend.engines.aqlm_calibrate"
 START = (
-    "from backend.engines.native import skip_unused_imports; skip_unused_imports(); "
-    "import backend.quantize.pipeline, backend.formats.writer"
+    "from backend.quick_start import quick_import; quick_import('backend.formats.writer', 'backend.quantize.pipeline')"
 )
 """What it imports before it computes, torch and transformers among it."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from backend.child import run_child
 from backend.engines.clock import Clock
 from backend.event_stream import EventWriter
+from backend.quick_start import quick_import
 
 if TYPE_CHECKING:
     from backend.quantize.aqlm.report import BlockReport
@@ -34,6 +35,7 @@ def calibrate(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """
     clock = Clock()
     events.note(stage="calibrate", message="loading")
+    quick_import("backend.formats.writer", "backend.quantize.aqlm.pipeline")
     import torch
     from safetensors.torch import load_file
 

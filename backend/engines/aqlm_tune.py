@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from backend.child import run_child
 from backend.errors import ConfigError
 from backend.event_stream import EventWriter
+from backend.quick_start import quick_import
 
 if TYPE_CHECKING:
     from backend.quantize.aqlm.tune.report import StepReport, TuneReport
@@ -45,6 +46,7 @@ def tune(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     wanted = request["configuration"]
     name = wanted["name"]
     events.note(stage="tune", message="loading", configuration=name)
+    quick_import("backend.formats.writer", "backend.quantize.aqlm.tune.api")
     from safetensors.torch import load_file
 
     from backend.formats.writer import CheckpointWriter

@@ -25,6 +25,7 @@ from backend.event_stream import EventWriter
 from backend.files import give_usual_rights, required, sync_path
 from backend.formats.remote_code import remote_code_allowed
 from backend.formats.side_files import copy_side_files
+from backend.quick_start import quick_import
 from backend.schema.llm_tables import NO_SCHEME
 from backend.schema.llmcompressor import LLMCompressorSettings
 
@@ -106,6 +107,7 @@ def of_one_length(rows: list[Tensor]) -> list[Tensor]:
 
 
 def _load(source: Path, settings: LLMCompressorSettings, seed: int) -> Any:
+    quick_import("llmcompressor")
     import numpy
     import torch
     from transformers import AutoModelForCausalLM

@@ -32,6 +32,7 @@ from backend.engines.trtllm_handover import plan_of, write_handover
 from backend.errors import EngineError, QuantdeckError
 from backend.event_stream import EventWriter
 from backend.files import required
+from backend.quick_start import quick_import
 from backend.tensorrt_llm.methods import ENGINE, METHODS
 from backend.tensorrt_llm.models import DECODER_TYPES, architecture_of
 from backend.tensorrt_llm.plan import TRT_CHECKPOINT
@@ -67,6 +68,7 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     about = {"configuration": wanted["name"]}
     os.environ.update(ENVIRONMENT)
     events.note(stage="calibrate", message="loading the model and nvidia-modelopt", **about)
+    quick_import("backend.formats.loader")
 
     from backend.formats.loader import load_model
     from backend.formats.skeleton import read_config
@@ -83,7 +85,7 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     )
     batches = _batches(rows, int(wanted["batch_size"])) if method is not None and method.needs_text else []
     with _modelopt("starting"):
-        import modelopt.torch.quantization  # noqa: F401  its import takes seconds
+        quick_import("modelopt.torch.quantization", "modelopt.torch.export")
     timings = {"calibrate": clock.lap()}
 
     errors: dict[str, float] = {}

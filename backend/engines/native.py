@@ -5,22 +5,16 @@ Run as `python -m backend.engines.native REQUEST.json RESULT.json` by a job's ru
 
 from __future__ import annotations
 
-import gc
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from backend.child import run_child
 from backend.engines.clock import Clock
 from backend.event_stream import EventWriter
+from backend.quick_start import quick_import
 
 UNIT = "relative output error"
-
-
-def skip_unused_imports() -> None:
-    """Keep transformers from loading scikit-learn, and with it pandas and scipy, for a kind of text generation."""
-    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
 
 
 def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
@@ -37,6 +31,7 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """
     clock = Clock()
     events.note(stage="calibrate", message="loading")
+    quick_import("backend.formats.writer", "backend.quantize.pipeline")
     from safetensors.torch import load_file
 
     from backend.formats.writer import CheckpointWriter
@@ -44,7 +39,6 @@ def quantize(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     from backend.quantize.recipe import Recipe
     from backend.quantize.report import LayerReport
 
-    gc.freeze()  # what the imports left is not looked through again after each layer
     model_dir, out_dir = Path(request["model_dir"]), Path(request["out_dir"])
     configurations = request["configurations"]
     checkpoint_dir = Path(request["checkpoint_dir"]) if request.get("checkpoint_dir") else None
@@ -105,5 +99,4 @@ def _layer(report: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    skip_unused_imports()
     run_child(quantize)

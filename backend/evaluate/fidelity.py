@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from backend.child import progress_of, run_child
-from backend.evaluate.loading import check_folder, open_model
+from backend.evaluate.loading import LOADER, check_folder, open_model
 from backend.evaluate.memory import peak_resident_bytes
 from backend.evaluate.metrics import Metric, versions
 from backend.event_stream import EventWriter, Progress
 from backend.files import required
 from backend.formats.size import weight_bytes
+from backend.quick_start import quick_import
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +61,7 @@ def measure(request: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     progress = progress_of(request, str(request.get("stage", "fidelity")), events)
     progress(0, 1, "loading the models")
 
+    quick_import(LOADER)
     from backend.evaluate.perplexity import full_windows, read_rows, text_digest
     from backend.formats.loader import load_tokenizer
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from backend.errors import ConfigError
 from backend.formats.headers import read_headers
+from backend.quick_start import quick_import
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LOADER = "backend.formats.loader"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -34,6 +36,7 @@ def import_for(model_dir: Path, device: str = "cpu") -> None:
 
     Memory measured after this call and after loading differs by the model itself, not by libraries.
     """
+    quick_import(LOADER)
     import torch
 
     from backend.formats.decode_path import warm_up
@@ -62,6 +65,7 @@ def open_model(
         ModelError, CheckpointError: If the folder cannot be loaded.
     """
     check_folder(model_dir, dtype)
+    quick_import(LOADER)
     import torch
 
     from backend.formats.loader import load_model, load_tokenizer

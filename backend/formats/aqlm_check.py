@@ -25,6 +25,7 @@ from backend.formats.additive_reader import read_additive
 from backend.formats.remote_code import remote_code_allowed
 from backend.paths import PROJECT
 from backend.process import PARENT_VARIABLE, die_with_starter
+from backend.quick_start import quick_import
 
 SAMPLES, LENGTH, SEED = 2, 24, 0
 TOLERANCE = 1e-3
@@ -93,6 +94,7 @@ def compare(folder: Path) -> Reload:
         CheckpointError: If something differs.
         ModelError: If the folder cannot be loaded here.
     """
+    quick_import("transformers.models.auto.modeling_auto", "aqlm", "backend.formats.loader")
     peer = _peers_model(folder)
     names = _check_linears(folder, peer)
     _check_weights(folder, peer, names)

@@ -23,6 +23,7 @@ from backend.formats.config import read_config_json
 from backend.formats.headers import has_only_pickles, read_headers
 from backend.formats.remote_code import remote_code_allowed
 from backend.paths import Home
+from backend.quick_start import quick_import
 from backend.schema import AQLMSettings, JobConfig, TensorRTLLMSettings, parse_yaml
 from backend.settings import Settings
 from backend.sources.calibration import token_sequences
@@ -223,6 +224,7 @@ def _check_model(model_dir: Path, config: JobConfig, device: str) -> None:
         ConfigErrors: If it does not go with the settings.
         CheckpointError: If its files are broken.
     """
+    quick_import("torch", "transformers.models.auto.tokenization_auto")
     from backend.engines.configurations import configurations
 
     planned = configurations(config, device)
