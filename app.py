@@ -13,7 +13,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 from backend.errors import QuantdeckError
 from backend.paths import Home
-from ui.server import serve
+from backend.quick_start import quick_import
 
 
 def main() -> int:
@@ -29,6 +29,9 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("quantdeck").setLevel(logging.INFO)
+    quick_import("ui.server")
+    from ui.server import serve
+
     try:
         serve(Home.at(arguments.home) if arguments.home else Home.default(), arguments.host, arguments.port)
     except QuantdeckError as error:

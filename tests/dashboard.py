@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,26 @@ def free_port() -> int:
 
 
 def start_app(
-    home: Home, port: int, environment: dict[str, str] | None = None, *, timeout_s: float = 120.0
+    home: Home,
+    port: int,
+    environment: dict[str, str] | None = None,
+    *,
+    timeout_s: float = 120.0,
+    program: Sequence[str] = ("app.py",),
 ) -> subprocess.Popen[bytes]:
-    """The real `app.py`, once it answers (where there are accounts: that one has to log in)."""
+    """The real `app.py`, once it answers (where there are accounts: that one has to log in).
+
+    Args:
+        home: Its home.
+        port: Its port.
+        environment: Its environment; None for ours.
+        timeout_s: How long it may take to answer.
+        program: What Python runs; another one than `app.py` calls its `main` after changes of its own.
+    """
     home.root.mkdir(parents=True, exist_ok=True)
     with open(home.root / "app.out", "ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "app.py", "--port", str(port), "--home", str(home.root)],
+            [sys.executable, *program, "--port", str(port), "--home", str(home.root)],
             cwd=PROJECT, stdout=out, stderr=out, env=environment or dict(os.environ), start_new_session=True,
         )  # fmt: skip
     deadline = time.monotonic() + timeout_s
@@ -67,10 +80,10 @@ def start_app(
 
 
 @contextlib.contextmanager
-def dashboard(home: Home) -> Iterator[str]:
-    """The address of a dashboard of this home, which ends with the block."""
+def dashboard(home: Home, **options: Any) -> Iterator[str]:
+    """The address of a dashboard of this home, which ends with the block; options as for `start_app`."""
     port = free_port()
-    app = start_app(home, port)
+    app = start_app(home, port, **options)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

@@ -43,11 +43,9 @@ def engines_table(rows: list[EngineStatus]) -> str:
 
 
 def _table(head: str, body: str) -> str:
-    """A table in a box of its own; on a narrow screen it is moved sideways."""
+    """A table in a box of its own; on a narrow screen each row is a block."""
     return card(
-        f'<div style="overflow-x:auto"><table class="qd-table" style="min-width:680px"><thead>{head}</thead>'
-        f"<tbody>{body}</tbody></table></div>",
-        classes="qd-flush",
+        f'<table class="qd-table qd-blocks"><thead>{head}</thead><tbody>{body}</tbody></table>', classes="qd-flush"
     )
 
 
