@@ -16,7 +16,7 @@ from backend.errors import ConfigError, ConfigErrors
 
 FAKE_GPUS = "QUANTDECK_FAKE_GPUS"
 """Names a JSON file that stands in for the driver in tests: a list of GPUs with `uuid`, `name`, `total_bytes`,
-`used_bytes`, `capability`, `driver` and `processes` (each with `pid`, `name`, `bytes`), or an object
+`used_bytes`, `busy` (percent), `capability`, `driver` and `processes` (each with `pid`, `name`, `bytes`), or an object
 `{"error": "..."}`."""
 
 FOREIGN_BYTES = 1 << 30

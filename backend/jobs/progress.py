@@ -32,6 +32,11 @@ class Progress:
         self._shown: dict[str, Any] = {}
         self._first_steps: dict[tuple[str, str], tuple[int, float]] = {}
 
+    def work(self) -> tuple[str, str]:
+        """The stage and the configuration that are shown now; empty for none."""
+        shown = self._shown
+        return str(shown.get("stage") or ""), str(shown.get("configuration") or "")
+
     def tell(self, message: str) -> None:
         """Show a message in place of the last one; that it cannot be stored stops nothing."""
         with contextlib.suppress(JobError):

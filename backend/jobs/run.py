@@ -85,6 +85,18 @@ class Run:
         """The published configuration's part of the result; None if there is none of it."""
         return next((entry for entry in self.result.get("results", []) if entry["name"] == configuration.name), None)
 
+    def told_failures(self) -> str:
+        """Which configurations were not made or measured, and why."""
+        told = "; ".join(f"{name}: {reason}" for name, reason in self.failures.items())
+        made = {entry["name"] for entry in self.result.get("results", [])}
+        every, lost = len(self.configurations), [c.name for c in self.configurations if c.name not in made]
+        kept = f"All models but {', '.join(lost)} are saved" if lost else "All models are saved"
+        kept = kept if made else "No model is saved"
+        return (
+            f"{len(self.failures)} of {every} configurations could not be {'made' if lost else 'measured'}. {told}. "
+            f"{kept} and the others' results are kept; resuming does what is missing"
+        )
+
     # -- results of stages, by the name of their file
 
     def result_file(self, name: str) -> Path:

@@ -39,6 +39,7 @@ from backend.jobs.stage import Stage
 from backend.jobs.stages import stages_of
 from backend.jobs.store import Job, JobStore
 from backend.jobs.trust import code_modules
+from backend.jobs.usage import USAGE_FILE, Sampler
 from backend.paths import Home
 from backend.process import JOB_VARIABLE, adopt_orphans, end_leftovers, failpoint, hold_lock, process_facts
 from backend.schema import parse_yaml
@@ -93,7 +94,8 @@ class Runner:
         run = Run(self.home, self.job, self.config, self.run_dir, ())
         self.heart.start()
         try:
-            self._work_through(run)
+            with Sampler(self.run_dir / USAGE_FILE, self.job.attempt, self._gpus, self.progress.work):
+                self._work_through(run)
         except Superseded:
             log.warning("another attempt at the job has begun, or it was removed; this one ends and stores nothing")
         except ShutDown:
@@ -125,7 +127,7 @@ class Runner:
             self._finish("failed", f"stage '{run.stage}': {why}", run, outcome_of(error))
         else:
             if run.failures:
-                self._finish("failed", _failures(run), run, next(iter(run.outcomes.values())))
+                self._finish("failed", run.told_failures(), run, next(iter(run.outcomes.values())))
             else:
                 self._clean_up(run)
                 self._finish("succeeded", run.result.get("incomplete"), run)
@@ -289,11 +291,14 @@ class Runner:
 
     def _devices(self) -> dict[str, str]:
         """The variables that show a program the GPUs that the job was granted, or none."""
+        shown, gpus = device_environment(self.job.device), self._gpus()
+        return {**shown, "CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else shown
+
+    def _gpus(self) -> list[str]:
+        """The UUIDs of the GPUs that the job was granted."""
         leases = self._patiently(self.store.leases)
         mine = [one.resource for one in leases if (one.uid, one.attempt) == (self.job.uid, self.job.attempt)]
-        gpus = [resource.removeprefix("gpu:") for resource in mine if resource.startswith("gpu:")]
-        shown = device_environment(self.job.device)
-        return {**shown, "CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else shown
+        return [resource.removeprefix("gpu:") for resource in mine if resource.startswith("gpu:")]
 
     def _grace_s(self, error: BaseException) -> Sequence[float]:
         self._ending = "cancelling" if isinstance(error, Cancelled) else "stopping"
@@ -347,19 +352,6 @@ def _own_cost(began: float, before: float) -> Cost:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 3600:g} hours" if seconds >= 3600 else f"{seconds:g} seconds"
-
-
-def _failures(run: Run) -> str:
-    """Which configurations were not made or measured, and why."""
-    told = "; ".join(f"{name}: {reason}" for name, reason in run.failures.items())
-    made = {entry["name"] for entry in run.result.get("results", [])}
-    every, lost = len(run.configurations), [c.name for c in run.configurations if c.name not in made]
-    kept = f"All models but {', '.join(lost)} are saved" if lost else "All models are saved"
-    kept = kept if made else "No model is saved"
-    return (
-        f"{len(run.failures)} of {every} configurations could not be {'made' if lost else 'measured'}. {told}. {kept} "
-        "and the others' results are kept; resuming does what is missing"
-    )
 
 
 def main() -> None:
