@@ -14,6 +14,7 @@ from backend.evaluate.compare import RENDERERS, comparison_rows
 from backend.jobs import control, export, launch
 from backend.jobs.bundle import bundle
 from backend.jobs.follow import follow
+from backend.jobs.memory_warnings import told_range
 from backend.jobs.preflight import check_job
 from backend.jobs.results import result_object, results_of
 from backend.jobs.room import gigabytes
@@ -80,6 +81,8 @@ def validate(args: argparse.Namespace, home: Home) -> int:
     if args.online and (source := resolve_model(config, home)).kind == "hub":
         hub.inspect(home, source.id, config.REVISION)
     checked = told_with_lines(document, lambda: check_job(config, home))
+    for warning in checked.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     for note in checked.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{args.config}: valid ({config.ALGORITHM} of {config.MODEL} on {checked.device})")
@@ -89,6 +92,8 @@ def validate(args: argparse.Namespace, home: Home) -> int:
         print(f"  {configuration.label}" + (f": {', '.join(filter(None, told))}" if any(told) else ""))
     if checked.known.basis:
         print(f"  known {checked.known.basis}")
+    for need in checked.memory:
+        print(f"  {need.where} to {need.what}: {told_range(need)}, {need.basis}")
     if checked.room is not None:
         download = f"{gigabytes(checked.room.download)} of download and " if checked.room.download else ""
         print(f"  disk: {download}up to {gigabytes(checked.room.results)} while it runs")

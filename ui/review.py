@@ -12,6 +12,8 @@ from backend.engines.aqlm_plan import TUNED
 from backend.errors import ConfigError, ConfigErrors, ModelError, QuantdeckError
 from backend.jobs.devices import describe_device
 from backend.jobs.estimate import Estimate, estimate
+from backend.jobs.memory_estimate import MemoryNeed
+from backend.jobs.memory_warnings import told_range
 from backend.jobs.preflight import Checked, check_job
 from backend.jobs.room import Room
 from backend.jobs.store import JobStore
@@ -97,8 +99,9 @@ def review_html(found: Review) -> str:
         )
     elif found.checked is not None and found.config is not None:
         parts.append(card(_forecast(found.config, found.checked, found.expected), "What this job will do"))
-    if found.warnings:
-        items = "".join(f"<li>{esc(warning)}</li>" for warning in found.warnings)
+    warnings = [*(found.checked.warnings if found.checked else ()), *found.warnings]
+    if warnings:
+        items = "".join(f"<li>{esc(warning)}</li>" for warning in warnings)
         parts.append(f'<div class="qd-notice qd-warn"><strong>Worth knowing</strong><ul>{items}</ul></div>')
     return '<div style="display:grid;gap:14px">' + "".join(parts) + "</div>"
 
@@ -142,11 +145,13 @@ def _forecast(config: JobConfig, checked: Checked, expected: Estimate | None) ->
         ("Download", _download_text(known)),
         ("Disk space", _room_text(checked.room)),
         ("Calibration", f"{config.calibration.SAMPLES} x {config.calibration.SEQUENCE_LENGTH} tokens"),
-        ("Time and memory", _expected_text(expected)),
+        ("Time", _expected_text(expected)),
+        ("Memory", _memory_text(checked.memory, expected)),
         ("Measured after", ", ".join(["size", *measures])),
         ("Saved in", " and ".join([folder] if not own else [f"{folder}/{own[0]}", *own[1:]])),
     ]
-    notes = "".join(f'<p class="qd-muted qd-small" style="margin:10px 0 0">{esc(note)}</p>' for note in checked.notes)
+    told = [*checked.notes, *(f"Memory to {need.what}: {need.basis}." for need in checked.memory)]
+    notes = "".join(f'<p class="qd-muted qd-small" style="margin:10px 0 0">{esc(note)}</p>' for note in told)
     return (
         (notice("error", *REMOTE_CODE) if config.TRUST_REMOTE_CODE else "")
         + facts([row for row in rows if row[1]])
@@ -175,6 +180,15 @@ def _room_text(room: Room | None) -> str:
         return ""
     parts = [size(room.download)] if room.download else []
     return " + ".join([*parts, size(room.results)]) + " at most while it runs"
+
+
+def _memory_text(needs: Sequence[MemoryNeed], expected: Estimate | None) -> str:
+    """What the parts of the job will take; what an earlier job took stands beside its time."""
+    measured = expected is not None and expected.peak_bytes is not None
+    if measured or not needs:
+        return ""
+    where = "" if needs[0].where == "memory" else ", of the GPU"
+    return "; ".join(f"{told_range(need)} to {need.what}" for need in needs) + where
 
 
 def _bits_text(bits: float | None) -> str:

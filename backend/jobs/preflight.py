@@ -18,6 +18,9 @@ from backend.formats.bits import predicted_bits
 from backend.formats.size import predicted_additive_size, predicted_size
 from backend.jobs.aqlm_checks import check_aqlm
 from backend.jobs.devices import choose_device
+from backend.jobs.machine_memory import free_memory
+from backend.jobs.memory_estimate import MemoryNeed, memory_needs
+from backend.jobs.memory_warnings import memory_warnings
 from backend.jobs.room import Room, check_room, room_of
 from backend.jobs.text_checks import check_calibration, check_tuning
 from backend.jobs.trtllm_checks import check_device, run_notes
@@ -48,6 +51,8 @@ class Checked:
         bits: Name of a configuration -> bits per quantized weight, scales and codebooks included; as `predicted`.
         notes: Facts worth telling before the start.
         room: Disk space that it needs; None if that is not known.
+        memory: What its largest parts need; empty if that is not known.
+        warnings: What may make it fail, and what to do about it.
     """
 
     device: str
@@ -58,6 +63,8 @@ class Checked:
     bits: dict[str, float]
     notes: tuple[str, ...]
     room: Room | None = None
+    memory: tuple[MemoryNeed, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def predicted_bytes(self) -> int | None:
@@ -105,6 +112,7 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
     predicted: dict[str, int] = {}
     bits: dict[str, float] = {}
     known = room = None
+    memory: tuple[MemoryNeed, ...] = ()
     if model is not None:
         pickles = settings.models.allow_pickle
         known = attempt(model_key, lambda: known_model(model, config, home, allow_pickle=pickles))
@@ -118,6 +126,7 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
         predicted, bits = _predicted(facts, config, device or "cpu")
         room = room_of(planned, predicted, facts.weight_bytes, known.download_bytes)
         attempt("USER_FOLDER", lambda: check_room(home, config, room, len(planned)))
+        memory = memory_needs(facts, config, planned, device or "cpu")
     folder = known.folder if known else None
     text = attempt("DATA_PATH", lambda: calibration_source(config, home, confined=confined))
     if text is not None and text.is_local:
@@ -138,7 +147,8 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
     if problems:
         raise ConfigErrors(problems)
     assert known is not None  # else its problem is among them
-    return Checked(device, model, known, planned, predicted, bits, tuple(notes), room)
+    warnings = memory_warnings(memory, *free_memory(device))
+    return Checked(device, model, known, planned, predicted, bits, tuple(notes), room, memory, warnings)
 
 
 def _is_awq_below_4_bits(one: Configuration) -> bool:
