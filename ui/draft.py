@@ -14,8 +14,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from backend.errors import ConfigError
-from backend.schema import ALGORITHMS, DEMO, SECTIONS, Document, FieldSpec, JobConfig, describe, parse_yaml, sections
+from backend.errors import ConfigError, ConfigErrors
+from backend.schema import (
+    ALGORITHMS,
+    DEMO,
+    SECTIONS,
+    Document,
+    FieldSpec,
+    JobConfig,
+    describe,
+    parse_file,
+    parse_yaml,
+    sections,
+)  # fmt: skip
 
 UNSET = ""
 """What a control shows for a choice that is left to its default; Gradio has no None among choices."""
@@ -89,13 +100,32 @@ class Draft:
 
 
 def open_draft(text: str) -> Draft:
-    """Read a file into the form; it may still have wrong values.
+    """Read a file in YAML or JSON into the form; it may still have wrong values.
 
     Raises:
-        ConfigError: If it is not YAML, too large, or not a mapping of keys.
+        ConfigError: If it is neither, too large, or not a mapping of keys.
     """
-    values = parse_yaml(text).values
-    return Draft(text, tuple(to_control(field.spec, _lookup(values, field)) for field in FIELDS))
+    document = parse_file(text)
+    values, unfit = document.values, _unfit(document)
+    shown = (_opened(field, _lookup(values, field), unfit=field.key in unfit) for field in FIELDS)
+    return Draft(document.dump(), tuple(shown))
+
+
+def _unfit(document: Document) -> set[str]:
+    """Dotted keys of the settings that are wrong."""
+    try:
+        _ = document.config
+    except ConfigErrors as error:
+        return {one.key for one in error.errors}
+    return set()
+
+
+def _opened(field: FormField, value: Any, *, unfit: bool) -> Any:
+    """What a control shows for a file's value; nothing for one that is no text but has to be."""
+    spec = field.spec
+    if unfit and spec.type == "str" and not isinstance(value, str):
+        return ""
+    return to_control(spec, value)
 
 
 def merge(draft: Draft, values: Sequence[Any]) -> Document:
@@ -108,7 +138,7 @@ def merge(draft: Draft, values: Sequence[Any]) -> Document:
     document = parse_yaml(draft.text)
     for field, shown, value in zip(FIELDS, draft.shown, values, strict=True):
         # A control that shows nothing where something must stand was never filled, e.g. for a value it cannot show.
-        unfilled = value is None and field.spec.type in ("choice", "int_choice")
+        unfilled = value is None and field.spec.type in ("choice", "int_choice", "bool")
         if not unfilled and from_control(field.spec, value) != from_control(field.spec, shown):
             document.set(field.path, from_control(field.spec, value))
     return document
@@ -125,10 +155,11 @@ def _lookup(values: Any, field: FormField) -> Any:
 def to_control(spec: FieldSpec, value: Any) -> Any:
     """A file's value as its control shows it; a value of a wrong kind shows as empty."""
     if spec.type == "bool":
-        return value if isinstance(value, bool) else bool(spec.default)
+        return value if isinstance(value, bool) else None
     if spec.several:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return [item for item in items if item in spec.choices and not isinstance(item, bool)]
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        # All or nothing: whoever chooses among them writes what is shown into the file.
+        return items if all(item in spec.choices and not isinstance(item, bool) for item in items) else []
     if spec.type in ("choice", "int_choice"):
         if value is None and spec.optional:
             return UNSET
@@ -136,7 +167,8 @@ def to_control(spec: FieldSpec, value: Any) -> Any:
     if spec.type in ("int", "float"):
         return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
     if spec.type == "list" and spec.choices:
-        return [item for item in value if item in spec.choices] if isinstance(value, list) else []
+        fits = isinstance(value, list) and all(item in spec.choices for item in value)
+        return list(value) if fits else []
     if spec.type == "list":
         return _list_text(value)
     if spec.type == "yaml":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
+from backend.schema.facts import OWN
 from ui.draft import FIELDS, UNSET, FormField
 
 ROW = 2  # controls side by side
@@ -20,14 +23,29 @@ def elem_id(field: FormField) -> str:
 
 
 def help_text(field: FormField) -> str:
-    """The setting's help with its bounds."""
+    """The setting's help with its bounds, and where it comes from unless it is our own, as Markdown."""
     spec = field.spec
     bounds = ""
     if spec.ge is not None and spec.le is not None and spec.le < 2**31:
         bounds = f" {spec.ge:g} to {f'{spec.le:,.0f}' if spec.le > 1 else f'{spec.le:g}'}."
     elif spec.ge is not None and spec.ge > 0:
         bounds = f" At least {spec.ge:g}."
-    return spec.help + bounds
+    return plain_info(spec.help + bounds) + ("" if spec.source == OWN else f" *{spec.source}*")
+
+
+def plain_info(text: str) -> str:
+    """A text as the line below a label that shows exactly it.
+
+    Gradio reads `**`, `__`, `*`, `_`, backticks and `[](…)` in that line as marks and knows no way to escape them, so
+    the characters of such pairs become ones that look the same.
+    """
+    if text.count("`") > 1:
+        text = text.replace("`", "\N{MODIFIER LETTER GRAVE ACCENT}")
+    if text.count("*") > 1:
+        text = text.replace("*", "\N{ASTERISK OPERATOR}")
+    if re.search(r"__.+?__|(?<!\w)_.+?_(?!\w)", text):
+        text = re.sub(r"(?<!\w)_+|_+(?!\w)|__+", lambda found: "\N{MODIFIER LETTER LOW MACRON}" * len(found[0]), text)
+    return text.replace("](", "]\N{ZERO WIDTH SPACE}(")
 
 
 def control(field: FormField, value: Any, suggestions: Sequence[tuple[str, str]] = ()) -> Component:
@@ -84,6 +102,15 @@ class Form:
         self._shown = dict(zip((f.key for f in FIELDS), shown, strict=True))
         self._suggestions = suggestions
         self.controls: dict[str, Any] = {}  # by dotted key
+        self.folds: list[tuple[gr.Accordion, tuple[str, ...]]] = []  # each with the keys inside
+
+    @contextmanager
+    def fold(self, label: str) -> Iterator[None]:
+        """A closed part with a heading, around the settings that are laid out within the block."""
+        before = set(self.controls)
+        with gr.Accordion(label, open=False) as made:
+            yield
+        self.folds.append((made, tuple(key for key in self.controls if key not in before)))
 
     def section(self, name: str, *, advanced: bool | None = None, ignored: bool = False) -> None:
         """Lay out the settings of a section; those already laid out are not repeated.

@@ -57,6 +57,50 @@ def test_a_value_that_no_control_can_show_is_kept_and_reported():
     assert {e.key for e in caught.value.errors} == {"llm.AutoAWQ.Q_GROUP_SIZE", "llm.AutoAWQ.ZERO_POINT"}
 
 
+@pytest.mark.parametrize(
+    ("line", "wrong", "key", "pick", "written"),
+    [
+        ("ZERO_POINT: true", "ZERO_POINT: maybe", "llm.AutoAWQ.ZERO_POINT", True, True),
+        ("W_BIT: 4", "W_BIT: [4, 5]", "llm.AutoAWQ.W_BIT", [4], 4),
+        ('VERSION: "GEMM"', "VERSION: MARLIN", "llm.AutoAWQ.VERSION", "GEMM", "GEMM"),
+        ('SPLIT: "train"', "SPLIT: 2024", "SPLIT", "2024", "2024"),
+        (
+            'TASK: "llm"',
+            "EVALUATION: {PROTOCOLS: [full_window, x]}",
+            "EVALUATION.PROTOCOLS",
+            ["full_window"],
+            ["full_window"],
+        ),
+    ],
+)
+def test_a_wrong_value_can_be_put_right_in_the_form(line, wrong, key, pick, written):
+    """Its control shows nothing, so that any choice differs from what it shows, the default as well."""
+    text = TEMPLATE.replace(line, wrong)
+    draft = open_draft(text)
+    assert dict(zip((f.key for f in FIELDS), draft.shown, strict=True))[key] in (None, "", [])
+    assert merge(draft, draft.shown).dump() == text
+    document = merge(draft, changed(draft, **{key.replace(".", "__"): pick}))
+    value = document.values
+    for part in key.split("."):
+        value = value[part]
+    assert value == written and document.config
+
+
+def test_numbers_that_are_taken_as_text_are_shown():
+    draft = open_draft(TEMPLATE.replace('JOB_ID: "my-first-job"', "JOB_ID: 7").replace('CUDA_ID: "0"', "CUDA_ID: 0"))
+    shown = dict(zip((f.key for f in FIELDS), draft.shown, strict=True))
+    assert (shown["JOB_ID"], shown["CUDA_ID"]) == ("7", "0") and merge(draft, draft.shown).config.JOB_ID == "7"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_one_changed_control_changes_one_line_of_an_example(path):
+    text = path.read_text(encoding="utf-8")
+    draft = open_draft(text)
+    before, after = text.split("\n"), merge(draft, changed(draft, JOB_ID="another")).dump().split("\n")
+    (pair,) = [(one, other) for one, other in zip(before, after, strict=True) if one != other]
+    assert pair[0].startswith("JOB_ID:") and pair[1] == 'JOB_ID: "another"'
+
+
 def test_a_section_is_made_when_its_first_value_is_set():
     draft = open_draft(TEMPLATE)
     config = merge(

@@ -11,9 +11,10 @@ import pytest
 
 from backend.paths import Home
 from backend.schema import ALGORITHMS, SECTIONS, JobConfig, describe, sections
+from backend.schema.facts import OWN
 from ui.chat_pair import ChatPair
 from ui.draft import FIELDS
-from ui.fields import elem_id
+from ui.fields import elem_id, plain_info
 from ui.site import build_site
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,8 @@ def test_every_setting_has_a_control_with_help_and_unit(site):
     assert len(FIELDS) == sum(len(describe(model)) for model in models) == len(controls)
     for field in FIELDS:
         control = controls[elem_id(field)]
-        assert field.spec.help and field.spec.help in control.info, field.key
+        assert field.spec.help and plain_info(field.spec.help) in control.info, field.key
+        assert (field.spec.source in control.info) or field.spec.source == OWN, field.key
         assert field.spec.unit.lower() in control.label.lower(), field.key
         assert isinstance(control, KINDS.get(field.spec.type, (gr.Textbox, gr.Dropdown, gr.CheckboxGroup))), field.key
 

@@ -14,8 +14,9 @@ from backend.schema import parse_yaml
 from backend.sources.models import model_facts
 from tests.security.site import finish
 from ui.differences import differences
-from ui.draft import TEMPLATE, open_draft
-from ui.pages.new_job import as_markdown, messages_by_key
+from ui.draft import FIELDS, TEMPLATE, open_draft
+from ui.fields import plain_info
+from ui.marks import messages_by_key
 from ui.review import model_html, review, review_html
 from ui.yamlview import yaml_html
 
@@ -23,6 +24,11 @@ from ui.yamlview import yaml_html
 def looked_at(home: Home, text: str):
     draft = open_draft(text)
     return review(home, draft, draft.shown)
+
+
+def messages_of(home: Home, text: str):
+    draft = open_draft(text)
+    return messages_by_key(review(home, draft, draft.shown).problems, draft, draft.shown)
 
 
 def test_the_template_can_start(home):
@@ -43,7 +49,8 @@ def test_each_result_stands_there_with_its_size(home):
 def test_an_exception_that_is_wrong_stands_at_its_control(home):
     text = TEMPLATE.replace('ALGORITHM: "AutoAWQ"', 'ALGORITHM: "Native"')
     text = text.replace("llm:\n", "llm:\n  Native: {OVERRIDES: [{PATTERN: '*.c_proj', W_BIT: 8}]}\n")
-    assert "matches no Linear" in messages_by_key(looked_at(home, text).problems)["llm.Native.OVERRIDES"]
+    told = messages_of(home, text)["llm.Native.OVERRIDES"]
+    assert told.startswith("Line ") and "matches no Linear" in told
 
 
 @pytest.mark.parametrize(
@@ -58,14 +65,23 @@ def test_an_exception_that_is_wrong_stands_at_its_control(home):
     ],
 )
 def test_a_problem_stands_at_its_control(home, old, new, key, words):
-    found = looked_at(home, TEMPLATE.replace(old, new))
-    assert found.checked is None
-    assert words in messages_by_key(found.problems)[key]
+    text = TEMPLATE.replace(old, new)
+    assert looked_at(home, text).checked is None
+    line = 1 + next(number for number, one in enumerate(text.split("\n")) if new in one)
+    told = messages_of(home, text)[key]
+    assert told.startswith(f"Line {line}: ") and words in told
+
+
+def test_a_value_that_was_typed_has_no_line_of_the_file_that_was_opened(home):
+    draft = open_draft(TEMPLATE)
+    values = ["a b" if field.key == "JOB_ID" else shown for field, shown in zip(FIELDS, draft.shown, strict=True)]
+    told = messages_by_key(review(home, draft, values).problems, draft, values)["JOB_ID"]
+    assert told.startswith("found 'a b'")
 
 
 def test_a_taken_name_is_told_with_a_free_one(home):
     JobStore(home).create(TEMPLATE, parse_yaml(TEMPLATE).config, device="cpu")
-    assert "my-first-job-2" in messages_by_key(looked_at(home, TEMPLATE).problems)["JOB_ID"]
+    assert "my-first-job-2" in messages_of(home, TEMPLATE)["JOB_ID"]
 
 
 def test_what_was_typed_never_becomes_html(home):
@@ -73,7 +89,14 @@ def test_what_was_typed_never_becomes_html(home):
     found = looked_at(home, TEMPLATE.replace("my-first-job", evil))
     assert "<img" not in review_html(found) and "<img" not in yaml_html(found.text, evil, evil)
     assert "<img" not in model_html(home, evil, "")
-    assert as_markdown("**a** <b> [x](y)") == r"\*\*a\*\* \<b\> \[x\]\(y\)"
+
+
+def test_messages_have_no_marks_that_gradio_reads():
+    marks = re.compile(r"`([^`]+)`|\[([^\]]+)\]\(([^)]+)\)|\*(.+?)\*|__(.+?)__|(?<!\w)_(.+?)_(?!\w)")
+    for text in ("**a** <b> [x](y)", "`c` *d* _e_ __f__", "a_b_c 2 * 3, {PATTERN: '*.x'}, 'y.*'", "___", "_a b_"):
+        assert not marks.search(plain_info(text)) and len(plain_info(text)) <= len(text) + 1
+    same = "Line 3: found 'max_seq_length'; at most 2 * 4 (see [models] allow_pickle)"
+    assert plain_info(same) == same
 
 
 def test_comments_and_keys_are_told_apart():

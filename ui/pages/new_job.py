@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,12 +16,15 @@ from backend.schema import ALGORITHMS, DEMO, Group, parse_yaml
 from backend.sources.models import list_models
 from ui.datapreview import DataPreview
 from ui.differences import differences
-from ui.draft import FIELDS, TEMPLATE, Draft, FormField, open_draft
+from ui.draft import FIELDS, TEMPLATE, Draft, open_draft
 from ui.examples import demo_values, example_text, examples
-from ui.fields import Form, fields_of, help_text
+from ui.fields import Form, fields_of
+from ui.importer import REPORT, Importer, opened, unopened
 from ui.layout import esc, notice, page, title
+from ui.marks import mark, messages_by_key
 from ui.modelpicker import ModelPicker
-from ui.review import Problem, command_html, review, review_html
+from ui.review import command_html, review, review_html
+from ui.visible import Visibility
 from ui.yamlview import yaml_html
 
 DATASETS = (
@@ -53,7 +53,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
             choices=examples(), value=None, label="Start from an example", elem_id="example",
             info="Fills the form with a job file that comes with Quantdeck; the guides' files among them.",
         )  # fmt: skip
-        opened = gr.HTML(visible=False)
+        told = gr.HTML(visible=False, elem_id=REPORT)
         with gr.Row(elem_classes=["qd-split"]):
             with gr.Column(scale=3, min_width=420):
                 form = Form(first.shown, {"MODEL": models, "DATASET_NAME": DATASETS, TUNING_DATASET: TUNING_DATASETS})
@@ -64,79 +64,41 @@ def build(demo: gr.Blocks, home: Home) -> None:
                 summary = gr.HTML(elem_id="review")
                 yaml = gr.HTML(elem_id="yaml")
                 command = gr.HTML()
-                with gr.Accordion("Open a YAML file", open=False, elem_id="import"):
-                    upload = gr.File(label="Job file", file_types=[".yaml", ".yml"], height=110, elem_id="yaml-file")
-                    pasted = gr.Textbox(label="or paste it here", lines=6, max_lines=14, elem_id="yaml-paste")
-                    fill = gr.Button("Fill the form from this text", elem_id="yaml-fill")
+                importer = Importer()
     draft = gr.State(first)
     wrong = gr.State({})  # what is written at which control
+    filled = gr.State(0)  # how often the whole form was filled
     created = gr.Textbox(visible=False)
     controls = form.ordered()
     opening: dict[str, Any] = {
-        "outputs": [draft, opened, *controls],
+        "outputs": [draft, told, *controls],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
-
-    def open_text(text: str, what: str) -> list[Any]:
-        """The form's values for a job file, with a line on what was opened."""
-        try:
-            found = open_draft(text)
-        except QuantdeckError as error:
-            return [
-                gr.skip(),
-                gr.HTML(notice("error", f"{what} was not opened", error.message), visible=True),
-                *_skips(),
-            ]
-        said = notice(
-            "good", f"{what} is in the form", "Comments and keys that Quantdeck does not know stay in the file."
-        )
-        return [found, gr.HTML(said, visible=True), *found.shown]
 
     def on_load(request: gr.Request) -> list[Any]:
         uid = request.query_params.get("clone")
         try:
             if uid:
-                return open_text(control.clone_text(home, uid), f"A copy of job {uid}")
+                return opened(control.clone_text(home, uid), f"A copy of job {uid}")
             text = control.with_free_name(home, parse_yaml(TEMPLATE)).dump()
         except QuantdeckError as error:
-            return [
-                gr.skip(),
-                gr.HTML(notice("error", "The form starts empty", error.message), visible=True),
-                *_skips(),
-            ]
+            return unopened(notice("error", "The form starts empty", error.message))
         found = open_draft(text)
         return [found, gr.skip(), *found.shown]
 
     def on_example(name: str | None) -> list[Any]:
         if not name:
-            return [gr.skip(), gr.skip(), *_skips()]
+            return unopened()
         try:
             text = control.with_free_name(home, parse_yaml(example_text(name))).dump()
         except QuantdeckError as error:
-            text, name = "", error.message
-        return open_text(text, f"{name}.yaml")
-
-    def on_upload(path: str | None) -> list[Any]:
-        if path is None:
-            return [gr.skip(), gr.skip(), *_skips()]
-        name = Path(path).name
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            return [
-                gr.skip(),
-                gr.HTML(notice("error", f"{name} was not opened", "It is not UTF-8 text."), visible=True),
-                *_skips(),
-            ]
-        return open_text(text, name)
-
-    def on_paste(text: str) -> list[Any]:
-        return open_text(text or "", "The pasted file")
+            return unopened(notice("error", "The example was not opened", error.message))
+        return opened(text, f"{name}.yaml")
 
     def on_change(now: Draft, before: dict[str, str], *values: Any) -> list[Any]:
         found = review(home, now, values)
-        wrong = messages_by_key(found.problems)
+        wrong = messages_by_key(found.problems, now, values)
         marks = [mark(field, wrong.get(field.key), before.get(field.key)) for field in FIELDS]
         shown = yaml_html(found.text, found.file_name, "Job file, as it will be saved", differences(found.text))
         return [review_html(found), shown, command_html(found), wrong, *marks]
@@ -158,17 +120,25 @@ def build(demo: gr.Blocks, home: Home) -> None:
         except QuantdeckError as error:
             return "", gr.HTML(notice("error", "The job was not started", error.message), visible=True)
 
+    def on_filled(before: int) -> int:
+        return before + 1
+
     text_preview.connect(home, draft, controls)
-    demo.load(on_load, None, **opening)
-    example.input(on_example, [example], **opening)
-    form.controls["ALGORITHM"].input(
-        on_chosen, [form.controls["ALGORITHM"], *controls], [opened, *controls],
-        show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
-    upload.upload(on_upload, [upload], **opening)
-    fill.click(on_paste, [pasted], **opening)
+    filling = [
+        demo.load(on_load, None, **opening),
+        example.input(on_example, [example], **opening),
+        form.controls["ALGORITHM"].input(
+            on_chosen, [form.controls["ALGORITHM"], *controls], [told, *controls],
+            show_progress="hidden", api_visibility="private",
+        ),
+        *importer.connect(opening),
+    ]  # fmt: skip
+    for event in filling:
+        event.then(on_filled, [filled], [filled], show_progress="hidden", queue=False, api_visibility="private")
+    Visibility(form, first).connect(wrong)
     gr.on(
-        [demo.load, *(c.change for c in controls), draft.change, picker.facts.change],  # the Hub tells late
+        # A control that changes while others still do sends their old values; the Hub tells late.
+        [*(c.change for c in controls), filled.change, picker.facts.change],
         on_change, [draft, wrong, *controls], [summary, yaml, command, wrong, *controls],
         trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
     )  # fmt: skip
@@ -203,7 +173,7 @@ def _form_sections(form: Form, algorithm: str) -> tuple[ModelPicker, dict[str, g
         _heading("Model", "What is quantized.")
         form.one("MODEL")
         picker = ModelPicker()
-        with gr.Accordion("Local folder, the model's own code", open=False):
+        with form.fold("Local folder, the model's own code"):
             form.section("Model")
     with gr.Column(elem_classes=["qd-form"]):
         _heading(
@@ -211,7 +181,7 @@ def _form_sections(form: Form, algorithm: str) -> tuple[ModelPicker, dict[str, g
         )
         form.section("Dataset", advanced=False)
         form.section("Calibration", advanced=False)
-        with gr.Accordion("Local data, format string, order", open=False):
+        with form.fold("Local data, format string, order"):
             form.section("Dataset")
             form.section("Calibration")
         text_preview = DataPreview()
@@ -222,17 +192,17 @@ def _form_sections(form: Form, algorithm: str) -> tuple[ModelPicker, dict[str, g
     with gr.Column(elem_classes=["qd-form"]):
         _heading("Measurements", "Taken from the baseline and from the saved result, in the same way, after saving.")
         form.section("Evaluation", advanced=False)
-        with gr.Accordion("Perplexity text, window and batch", open=False):
+        with form.fold("Perplexity text, window and batch"):
             form.section("Evaluation")
         form.section("Benchmark", advanced=False)
-        with gr.Accordion("Benchmark lengths and repetitions", open=False):
+        with form.fold("Benchmark lengths and repetitions"):
             form.section("Benchmark")
     with gr.Column(elem_classes=["qd-form"]):
         _heading("Job", "")
         form.section("Job", advanced=False)
-        with gr.Accordion("Folders and fixed keys", open=False):
+        with form.fold("Folders and fixed keys"):
             form.section("Job")
-        with gr.Accordion("Keys kept for other programs", open=False):
+        with form.fold("Keys kept for other programs"):
             form.section("Job", ignored=True)
     return picker, sections, text_preview
 
@@ -242,7 +212,7 @@ def _algorithm_section(form: Form, name: str, *, visible: bool) -> gr.Column:
     with gr.Column(visible=visible, elem_id=f"algorithm-{name}") as section:
         for group in groups:
             if group.heading:
-                with gr.Accordion(group.heading, open=False):
+                with form.fold(group.heading):
                     _group(form, group)
             else:
                 _group(form, group)
@@ -256,40 +226,10 @@ def _group(form: Form, group: Group) -> None:
     simple, all_of_them = (fields_of(group.section, advanced=only, ignored=group.ignored) for only in (False, None))
     form.place(simple or all_of_them)
     if len(simple) < len(all_of_them) and simple:
-        with gr.Accordion("More", open=False):
+        with form.fold("More"):
             form.place(all_of_them)
 
 
 def _heading(text: str, lead: str) -> None:
     below = f"<p>{lead}</p>" if lead else ""
     gr.HTML(f'<div class="qd-section"><h2>{text}</h2>{below}</div>')
-
-
-def _skips() -> list[Any]:
-    return [gr.skip() for _ in FIELDS]
-
-
-def messages_by_key(problems: Sequence[Problem]) -> dict[str, str]:
-    """What is wrong with each control, by the control's dotted key."""
-    texts: dict[str, str] = {}
-    for field, _, message in problems:
-        if field is not None:
-            texts[field.key] = f"{texts[field.key]} {message}" if field.key in texts else message
-    return texts
-
-
-def mark(field: FormField, now: str | None, before: str | None) -> Any:
-    """Puts a message in the place of a control's help, or the help back; nothing if it already stands there.
-
-    Gradio's own validators are not used: any later event that reads a control takes their message away.
-    """
-    if now == before:
-        return gr.skip()
-    if now is None:
-        return gr.update(info=help_text(field), elem_classes=[])
-    return gr.update(info=as_markdown(now), elem_classes=["qd-wrong"])
-
-
-def as_markdown(text: str) -> str:
-    """Plain text as Markdown that shows exactly that text; messages quote what was typed."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
