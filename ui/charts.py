@@ -27,11 +27,12 @@ Row = Mapping[str, Any]
 _BARS = {"type": "data", "symmetric": False, "thickness": 1.4, "width": 5, "color": GREY}
 
 
-def _layout(figure: go.Figure, heading: str, y_title: str, height: int) -> go.Figure:
+def layout(figure: go.Figure, heading: str, y_title: str, height: int) -> go.Figure:
+    """What all figures have in common: title, ground, type, legend and axes; zoom survives an update."""
     figure.update_layout(
         title={"text": heading, "font": {"size": 15}, "x": 0.01, "xanchor": "left", "y": 0.965, "yanchor": "top"},
         height=height,
-        margin={"l": 56, "r": 16, "t": 66, "b": 44},
+        margin={"l": 56, "r": 16, "t": 74, "b": 44},
         paper_bgcolor=CLEAR,
         plot_bgcolor=CLEAR,
         font={"color": GREY, "size": 12.5},
@@ -73,7 +74,7 @@ def layer_errors(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -
             _layer_line(figure, own, "before_error", "Before block finetuning", RTN, "dash")
         _layer_line(figure, own, "error", label, color, "solid")
     what = "Weight" if any("weight" in str(row.get("unit")) for row in rows) else "Output"
-    _layout(figure, f"{what} error by layer", "relative error (%)", 340 + 12 * len(groups))
+    layout(figure, f"{what} error by layer", "relative error (%)", 340 + 12 * len(groups))
     if len(groups) > 1:
         figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}, margin={"b": 110})
         figure.update_layout(height=440 + 16 * len(groups))
@@ -95,7 +96,7 @@ def tuning_curve(rows: Sequence[Row]) -> go.Figure:
     figure.add_scatter(
         x=[row["step"] for row in losses],
         y=[row["loss"] for row in losses],
-        name="Text of the step",
+        name="Training",
         mode="lines",
         line={"color": BASELINE, "width": 1.4},
         hovertemplate="%{y:.3g}",
@@ -103,7 +104,7 @@ def tuning_curve(rows: Sequence[Row]) -> go.Figure:
     figure.add_scatter(
         x=[row["step"] for row in measured],
         y=[row["validation"] for row in measured],
-        name="Validation text",
+        name="Validation",
         mode="lines+markers",
         line={"color": QUANTIZED, "width": 2.2},
         marker={"size": 7, "color": QUANTIZED},
@@ -119,7 +120,7 @@ def tuning_curve(rows: Sequence[Row]) -> go.Figure:
             marker={"size": 13, "color": CLEAR, "line": {"color": QUANTIZED, "width": 2}},
             hovertemplate="%{y:.4g}",
         )
-    _layout(figure, "Tuning: divergence from the base model ↙", "nats/token", 352)
+    layout(figure, "Tuning: divergence from the base model ↙", "nats/token", 352)
     return figure.update_xaxes(title={"text": "step"})
 
 
@@ -170,7 +171,7 @@ def size_against(y_title: str, baseline: tuple[float, float], points: Sequence[t
             cliponaxis=False,
         )
     figure.add_hline(y=baseline[1], line={"color": BASELINE, "width": 1.2, "dash": "dot"})
-    _layout(figure, "Size against perplexity ↙", y_title, 380)
+    layout(figure, "Size against perplexity ↙", y_title, 380)
     figure.update_layout(hovermode="closest", showlegend=False)
     figure.update_xaxes(title={"text": "size of the weight files (MB)"}, rangemode="tozero", showgrid=True)
     return figure.update_yaxes(rangemode="normal", zeroline=False)
@@ -202,7 +203,7 @@ def cost_against_divergence(shown: Tradeoff) -> go.Figure:
         hovertemplate="%{text}<br>%{x:.4g}<br>%{y:.3g} nats/token<extra></extra>",
         cliponaxis=False,
     )
-    _layout(figure, f"KL divergence against {shown.axis.partition(' (')[0]} ↙", "nats/token", 380)
+    layout(figure, f"KL divergence against {shown.axis.partition(' (')[0]} ↙", "nats/token", 380)
     figure.update_layout(hovermode="closest", showlegend=False)
     figure.update_xaxes(title={"text": shown.axis}, range=[0, right], showgrid=True)
     figure.update_yaxes(type="log", rangemode="normal", zeroline=False, range=[low, high], tickformat="~g")
@@ -275,7 +276,7 @@ def comparison(heading: str, y_title: str, rows: Sequence[tuple[str, Row]]) -> g
             hovertemplate="%{y:.5g}",
             error_y=_error_bars([row for _, row in rows]) if key == "quantized" else None,
         )
-    _layout(figure, heading, y_title, 320)
+    layout(figure, heading, y_title, 320)
     return figure.update_layout(bargap=max(0.3, 0.7 - 0.2 * len(rows)))
 
 

@@ -63,6 +63,20 @@ watch('value', () => {
 
 def plain(value: object) -> str:
     """`value` as text in which control characters and marks of reading direction are written out and do nothing.
+# What somebody has folded open or shut stays so when the HTML around it is replaced.
+KEEP_OPEN_JS = """
+const chosen = new Map();
+element.addEventListener('toggle', (event) => {
+  if (event.target.dataset.key) chosen.set(event.target.dataset.key, event.target.open);
+}, true);
+watch('value', () => {
+  for (const one of element.querySelectorAll('details[data-key]')) {
+    if (chosen.has(one.dataset.key)) one.open = chosen.get(one.dataset.key);
+  }
+});
+"""
+
+
 
     For text that is shown as it is (choices of a list, lines of a log); inside HTML it is `esc`.
     """

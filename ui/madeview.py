@@ -4,64 +4,81 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from backend.engines.trtllm_handover import SCRIPT
 from backend.jobs.publish import read_manifest
 from ui.format import size
 from ui.layout import card, esc, link
+from ui.loadview import copy_button, load_html
+from ui.loadways import GUIDES_TASK, Task, ways
 
 Entry = Mapping[str, Any]
-VLLM_BITS = (4, 8)
 MAX_NAMES = 6
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SHOWN = 12  # characters of a checksum
 
 
-def made(uid: str, entries: Sequence[Entry]) -> str:
+def made(uid: str, entries: Sequence[Entry], tasks: Sequence[Task] = GUIDES_TASK) -> str:
     """Where the quantized models are, their files, and how to load them.
 
     Args:
         uid: The job.
         entries: Its saved configurations.
+        tasks: What lm_eval measures of them.
     """
     single = len(entries) == 1
     parts = []
     for entry in entries:
-        body = _artefact(uid, entry)
+        body = _artefact(uid, entry, tasks)
         parts.append(body if single else _folded(f"{entry['label'] or entry['name']}", body))
     return card("".join(parts), "Quantized model" if single else "Quantized models") if parts else ""
 
 
 def _folded(heading: str, body: str) -> str:
-    return f"<details><summary>{esc(heading)}</summary>{body}</details>"
+    return f'<details data-key="{esc(heading)}"><summary>{esc(heading)}</summary>{body}</details>'
 
 
-def _artefact(uid: str, entry: Entry) -> str:
+def _artefact(uid: str, entry: Entry, tasks: Sequence[Task]) -> str:
     folder = Path(str(entry["artefact"]))
+    name = quote(str(entry["name"] or ""), safe="", errors="replace")
+    chat = link("Chat with it", f"/chat?job={uid}&configuration={name}") if name else ""
+    copied = copy_button(str(folder), "Copy the path of the folder")
+    where = f'<p class="qd-mono qd-small qd-path">{esc(folder)}</p>'
+    above = f'<div class="qd-row-between">{where}<div class="qd-actions">{copied}{chat}</div></div>'
+    files = files_of(folder)
+    if not files:
+        return f'{above}<p class="qd-muted">The folder was removed, or cannot be read.</p>'
+    loaded = load_html(ways(folder, _stated(folder), tasks), str(entry["name"] or ""))
+    return f'{above}{_files(uid, entry, files)}<h2 class="qd-later">Load it</h2><div class="qd-load">{loaded}</div>'
+
+
+def _files(uid: str, entry: Entry, files: Sequence[tuple[str, int]]) -> str:
     sums = checksums(entry)
     listed = "".join(
         f'<tr><td class="qd-mono"><a href="{esc(download_path(uid, entry, name))}" download>{esc(name)}</a></td>'
-        f'<td class="qd-num">{size(n_bytes)}</td><td class="qd-mono">{_short(sums.get(name))}</td></tr>'
-        for name, n_bytes in files_of(folder)
+        f'<td class="qd-num">{size(n_bytes)}</td><td class="qd-mono qd-sum">{_sum(name, sums.get(name))}</td></tr>'
+        for name, n_bytes in files
     )
-    code = (
-        "from backend.formats.loader import load_model, load_tokenizer\n\n"
-        f"model = load_model({str(folder)!r})\ntokenizer = load_tokenizer({str(folder)!r})"
+    table = (
+        '<table class="qd-table qd-files"><thead><tr><th>File</th><th class="qd-num">Size</th>'
+        f"<th>SHA-256</th></tr></thead><tbody>{listed}</tbody></table>"
     )
-    name = quote(str(entry["name"] or ""), safe="", errors="replace")
-    chat = link("Chat with it", f"/chat?job={uid}&configuration={name}") if name else ""
+    if not sums:
+        return table
+    told = "Copy all checksums as a list for sha256sum -c"
+    hint = "All checksums as a list: paste it into a file beside the model, and <code>sha256sum -c</code> checks them."
     return (
-        f'<div class="qd-row-between"><p class="qd-mono qd-small">{esc(folder)}</p>{chat}</div>'
-        '<div class="qd-scroll"><table class="qd-table"><thead><tr><th>File</th><th class="qd-num">Size</th>'
-        "<th>SHA-256</th></tr>"
-        f"</thead><tbody>{listed}</tbody></table></div>"
-        f'<h2 style="margin-top:18px">Load it</h2><pre class="qd-log">{esc(code)}</pre>{_serving(folder)}'
+        f'{table}<div class="qd-row-between qd-small qd-sums"><span>{hint}</span>'
+        f"{copy_button(sums_list(sums), told, 'Copy all checksums')}</div>"
     )
+
+
+def sums_list(sums: Mapping[str, str]) -> str:
+    """Checksums as `sha256sum` writes and reads them; names with line breaks are left out."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()) if not set(name) & set("\n\r\\"))
 
 
 def download_path(uid: str, entry: Entry, file: str) -> str:
@@ -87,9 +104,11 @@ def checksums(entry: Entry) -> dict[str, str]:
     return {name: digest for name, digest in found.items() if SHA256.fullmatch(digest)}
 
 
-def _short(digest: str | None) -> str:
-    """The beginning of a checksum, the whole of it where the pointer rests; a job's bundle has them all."""
-    return f'<span title="{digest}">{digest[:SHOWN]}…</span>' if digest else ""
+def _sum(file: str, digest: str | None) -> str:
+    """The beginning of a checksum, the whole of it where the pointer rests, and a button that copies it."""
+    if not digest:
+        return ""
+    return f'<span title="{digest}">{digest[:SHOWN]}…</span> {copy_button(digest, f"Copy the SHA-256 of {file}")}'
 
 
 def _stated(folder: Path) -> dict[str, Any]:
@@ -99,45 +118,6 @@ def _stated(folder: Path) -> dict[str, Any]:
         return stated if isinstance(stated, dict) else {}
     except (OSError, ValueError, AttributeError):
         return {}
-
-
-def weight_bits(stated: Mapping[str, Any]) -> set[int]:
-    """The bits of the quantized weights, as a checkpoint states them; empty if it states none."""
-    try:
-        groups = stated.get("config_groups") or {}
-        found = [stated.get("bits"), *((group.get("weights") or {}).get("num_bits") for group in groups.values())]
-        return {int(bits) for bits in found if bits}
-    except (ValueError, TypeError, AttributeError):  # not as one of ours
-        return set()
-
-
-def _serving(folder: Path) -> str:
-    stated = _stated(folder)
-    bits = weight_bits(stated)
-    if stated.get("quant_method") == "aqlm":
-        text = (
-            "Elsewhere: <code>AutoModelForCausalLM.from_pretrained</code> of transformers with the aqlm package "
-            "(<code>pip install aqlm[gpu]</code> or <code>aqlm[cpu]</code>; on a CPU in float32 and with "
-            "<code>NUMBA_NUM_THREADS=1</code>)."
-        )
-    elif stated.get("quant_method") == "modelopt":
-        text = (
-            f"With TensorRT-LLM and a GPU: <code>sh {esc(folder / SCRIPT)}</code> does the rest of the job, or "
-            f"<code>{esc(f'trtllm-serve {folder}')}</code>. Not with transformers alone: it takes the codes for "
-            "weights, without a word, and answers nonsense."
-        )
-    elif bits <= set(VLLM_BITS):
-        text = f"On a machine with vLLM and a GPU: <code>{esc(f'vllm serve {folder}')}</code>"
-    else:
-        shown = " and ".join(str(b) for b in sorted(bits))
-        text = f"vLLM serves packed weights of 4 and 8 bits only, these have {shown}; load them as above."
-    if stated.get("quant_method") == "compressed-tensors":
-        arguments = shlex.quote(f"pretrained={folder}")
-        text += (
-            " With transformers and the compressed-tensors package, <code>AutoModelForCausalLM.from_pretrained</code>; "
-            f"and so lm-eval: <code>{esc(f'lm_eval --model hf --model_args {arguments} --tasks arc_challenge')}</code>"
-        )
-    return f'<p class="qd-muted qd-small">{text}</p>'
 
 
 def notes(entries: Sequence[Entry]) -> str:

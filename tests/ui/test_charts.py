@@ -60,7 +60,7 @@ def test_a_tuning_curve_marks_the_step_that_is_kept():
     loss, validation, best = tuning_curve(rows).data
     assert list(loss.x) == [1, 2, 3] and list(validation.x) == [0, 2, 3]
     assert (list(best.x), list(best.y)) == ([2], [0.007])
-    assert [trace.name for trace in tuning_curve(rows[1:2]).data] == ["Text of the step", "Validation text"]
+    assert [trace.name for trace in tuning_curve(rows[1:2]).data] == ["Training", "Validation"]
 
 
 def test_sizes_against_scores_mark_the_baseline_and_label_the_points():

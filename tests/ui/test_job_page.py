@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 
 from backend.jobs import control, launch
 from backend.jobs.store import JobStore
+from backend.jobs.usage import USAGE_FILE, Sample, UsageFile
 from backend.schema import parse_yaml
 from ui.draft import TEMPLATE
 from ui.pages import job as job_page
@@ -34,6 +36,8 @@ PARTS = (
     "scatter",
     "curve",
     "chart",
+    "usage",
+    "words",
 )
 
 
@@ -64,6 +68,11 @@ def page(home):
 def sent(part):
     """Whether the browser gets something for a part; `gr.skip()` is an update without anything in it."""
     return not (isinstance(part, dict) and "value" not in part)
+
+
+def memory_drawn(shown):
+    """The values of the line of memory."""
+    return json.loads(shown["usage"].value["plot"])["data"][0]["y"]
 
 
 def start(home, job):
@@ -147,6 +156,29 @@ def test_a_tuning_curve_appears_with_its_first_step(home, job, page):
     with open(file, "a") as more:
         more.write(json.dumps({"stage": "tune", "step": 1, "loss": 0.02, "validation": None}) + "\n")
     assert sent(page.show(first["seen"])["curve"])
+
+
+def test_what_a_job_takes_is_drawn_while_it_runs_and_afterwards(home, job, page):
+    path = home.run_dir(job.uid) / USAGE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert not sent(page.show({"uid": job.uid})["usage"])
+    store, file = start(home, job), UsageFile(path)
+    for i in range(1, 4):
+        file.add(Sample(1, float(i), 1.0, "quantize", "", i * 10**9, 1.5))
+    os.utime(path, (1000, 1000))
+    first = page.show({"uid": job.uid})
+    assert memory_drawn(first) == [1.0, 2.0, 3.0]
+    assert "Now 3.00 GB, 1.5 cores. At most 3.00 GB of memory" in first["words"].value
+    assert not sent(page.show(first["seen"])["usage"])
+    file.add(Sample(1, 4.0, 1.0, "quantize", "", 10**9, 1.5))
+    os.utime(path, (1000.5, 1000.5))
+    assert not sent(page.show(first["seen"])["usage"])  # too soon to be seen
+    os.utime(path, (1001.5, 1001.5))
+    second = page.show(first["seen"])
+    assert len(memory_drawn(second)) == 4 and "Now 1.00 GB" in second["words"].value
+    store.move(job.uid, "succeeded", actor="runner", attempt=1)
+    last = page.show(second["seen"])
+    assert sent(last["usage"]) and last["words"].value.count("Now") == 0 and "At most 3.00 GB" in last["words"].value
 
 
 @pytest.mark.parametrize("uid", ["", "no-such", "../../etc/passwd", "' OR 1=1 --", "\ud800", "x" * 100_000])

@@ -328,8 +328,8 @@ def test_files_stand_beside_their_checksums_and_transformers_formats_name_lm_eva
     html = madeview.made("0123", [entry("w4", artefact=str(folder), manifest={"files": files})])
     assert f'<span title="{digest}">0123456789ab…</span>' in html and html.count("…</span>") == 1
     assert EVIL not in html and "lm_eval --model hf --model_args &#x27;pretrained=" in html
-    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq", "bits": 4}}))
-    assert "lm_eval" not in madeview.made("0123", [entry("w4", artefact=str(folder))])
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "modelopt"}}))
+    assert "lm_eval --model" not in madeview.made("0123", [entry("w4", artefact=str(folder))])
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"quantization_config": 5}', '{"quantization_config": {"bits": "x"}}'])

@@ -18,10 +18,12 @@ from backend.evaluate.combined import short_name
 from backend.jobs import control, curves
 from backend.jobs.results import measured, results_of
 from backend.jobs.store import Job, JobStore
+from backend.jobs.usage import USAGE_FILE
 from backend.paths import Home
 from ui.charts import cost_against_divergence, layer_errors, size_against, tuning_curve
 from ui.jobview import actions, badges, history_table, overview, stage_list
-from ui.layout import ACTION_JS, card, empty, esc, link, notice, page
+from ui.layout import ACTION_JS, KEEP_OPEN_JS, card, empty, esc, link, notice, page
+from ui.loadways import tasks_of
 from ui.logview import LOG_JS, frame_html, functions
 from ui.madeview import made, notes
 from ui.pages.jobs import act_on, actor_of, digest
@@ -29,6 +31,7 @@ from ui.pareto import tradeoff
 from ui.reading import asked, briefly, find, store_notice
 from ui.resultview import combined_html, result_table
 from ui.tensorrtview import tensorrt
+from ui.usageview import drawn, pace_s
 
 REFRESH_S = 1.0
 IDLE_REFRESH_S = 5.0
@@ -53,7 +56,9 @@ def build(demo: gr.Blocks, home: Home) -> None:
                 scatter = gr.Plot(show_label=False, elem_id="sizes", elem_classes=["qd-plot"], visible=False)
                 curve = gr.Plot(show_label=False, elem_id="tuning", elem_classes=["qd-plot"], visible=False)
                 chart = gr.Plot(show_label=False, elem_id="layers", elem_classes=["qd-plot"], visible=False)
-        saved = gr.HTML(visible=False, elem_id="artefact")
+                taken = gr.Plot(show_label=False, elem_id="usage", elem_classes=["qd-plot"], visible=False)
+                words = gr.HTML(visible=False, elem_id="usage-words")
+        saved = gr.HTML(visible=False, elem_id="artefact", js_on_load=KEEP_OPEN_JS)
         gr.HTML('<div class="qd-section"><h2>Log</h2></div>')
         gr.HTML(
             frame_html(),
@@ -69,7 +74,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         "head": head, "facts": facts, "result": result, "ran": ran, "stages": stages, "notes": remarks, "made": saved,
         "history": history,
     }  # fmt: skip
-    outputs = [seen, timer, said, *parts.values(), best, scatter, curve, chart]
+    outputs = [seen, timer, said, *parts.values(), best, scatter, curve, chart, taken, words]
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
     def show(now: Seen) -> list[Any]:
@@ -124,7 +129,7 @@ def _html_parts(job: Job, turn: int) -> dict[str, str]:
         "ran": tensorrt(job.uid, entries),
         "stages": card(stage_list(job), "Stages"),
         "notes": notes(entries),
-        "made": made(job.uid, entries),
+        "made": made(job.uid, entries, tasks_of(job.config_yaml)),
     }
 
 
@@ -170,7 +175,23 @@ def _pace(now: Seen, job: Job) -> Any:
 
 
 def _charts(home: Home, job: Job, now: Seen) -> list[Any]:
-    return [_tradeoff(job, now), _scatter(job, now), _curve(home, job, now), _chart(home, job, now)]
+    return [_tradeoff(job, now), _scatter(job, now), _curve(home, job, now), _chart(home, job, now),
+            *_usage(home, job, now)]  # fmt: skip
+
+
+def _usage(home: Home, job: Job, now: Seen) -> list[Any]:
+    """Chart and words of what the job takes; while it runs not more often than one can see."""
+    path = home.run_dir(job.uid) / USAGE_FILE
+    version, running = _version(path), job.state in ("running", "cancelling")
+    shown = now.get("usage")
+    fresh = running and shown and shown[1] and abs(version[1] - shown[0][1]) / 1e9 < pace_s(version[0])
+    if shown == [version, running] or fresh:
+        return [gr.skip(), gr.skip()]
+    now["usage"] = [version, running]
+    found = drawn(path, version, job.algorithm, running=running)
+    return (
+        [gr.skip(), gr.skip()] if found is None else [gr.Plot(found[0], visible=True), gr.HTML(found[1], visible=True)]
+    )
 
 
 def _curve(home: Home, job: Job, now: Seen) -> Any:
