@@ -8,7 +8,7 @@ from backend.engines.environments import Environment
 from backend.engines.installing import Installation
 from backend.engines.status import EngineStatus, Machine, main_packages
 from ui.format import size
-from ui.layout import action, card, esc, notice
+from ui.layout import action, card, esc, notice, prose
 
 _BADGES = {
     "absent": ("queued", "Not installed"),
@@ -33,7 +33,7 @@ def engines_table(rows: list[EngineStatus]) -> str:
         for number, row in enumerate(members):
             first = f'<td rowspan="{len(members)}"><strong>{esc(algorithm)}</strong></td>' if number == 0 else ""
             here = badge("succeeded", "Enabled") if row.reason is None else badge("queued", "Not available")
-            why = "" if row.reason is None else f'<p class="qd-small">{esc(row.reason)}</p>'
+            why = "" if row.reason is None else f'<p class="qd-small">{prose(row.reason)}</p>'
             versions = ", ".join(row.packages) or f"environment {row.engine.environment}"
             body += (
                 f"<tr>{first}<td><strong>{esc(row.engine.name)}</strong></td><td>{here}{why}</td>"
@@ -45,7 +45,7 @@ def engines_table(rows: list[EngineStatus]) -> str:
 def _table(head: str, body: str) -> str:
     """A table in a box of its own; on a narrow screen each row is a block."""
     return card(
-        f'<table class="qd-table qd-blocks"><thead>{head}</thead><tbody>{body}</tbody></table>', classes="qd-flush"
+        f'<table class="qd-table qd-flow"><thead>{head}</thead><tbody>{body}</tbody></table>', classes="qd-flush"
     )
 
 
@@ -90,7 +90,7 @@ def machine_html(found: Machine, packages: list[str]) -> str:
     places = ""
     for place in found.places:
         here = badge("succeeded", "Ready") if not place.reasons else badge("queued", "Not available")
-        told = "<br>".join(esc(reason) for reason in place.reasons) or esc(place.found)
+        told = "<br>".join(prose(reason) for reason in place.reasons) or esc(place.found)
         places += f"<tr><td><strong>{esc(place.name)}</strong></td><td>{here}</td><td>{told}</td></tr>"
     head = "<tr><th>TensorRT-LLM in</th><th>Here</th><th>What was found</th></tr>"
     own = card(f"<p>{esc(', '.join(packages))}</p>", "Packages of Quantdeck's own environment")

@@ -35,6 +35,7 @@ _HALF_MOON = (
 # What changes how a terminal or a browser shows the text around it: control characters (an escape code begins with
 # one) and marks that turn the reading direction; and half characters, which no answer can carry.
 _MARKS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CODE = re.compile(r"`([^`\n]+)`")
 
 # Clicks on [data-act] buttons inside our HTML become Gradio click events that carry the button's data.
 ACTION_JS = """
@@ -44,7 +45,8 @@ element.addEventListener('click', (event) => {
   event.preventDefault();
   if (button.dataset.confirm && !window.confirm(button.dataset.confirm)) return;
   button.disabled = true;
-  trigger('click', { act: button.dataset.act, uid: button.dataset.uid || '' });
+  const { act, uid = '', uids = '' } = button.dataset;
+  trigger('click', { act, uid, uids });
 });
 """
 
@@ -61,8 +63,6 @@ watch('value', () => {
 """
 
 
-def plain(value: object) -> str:
-    """`value` as text in which control characters and marks of reading direction are written out and do nothing.
 # What somebody has folded open or shut stays so when the HTML around it is replaced.
 KEEP_OPEN_JS = """
 const chosen = new Map();
@@ -77,6 +77,8 @@ watch('value', () => {
 """
 
 
+def plain(value: object) -> str:
+    """`value` as text in which control characters and marks of reading direction are written out and do nothing.
 
     For text that is shown as it is (choices of a list, lines of a log); inside HTML it is `esc`.
     """
@@ -95,6 +97,11 @@ def _written_out(found: re.Match[str]) -> str:
 def esc(value: object) -> str:
     """`value` as text that is safe inside HTML content and quoted attributes, and turns no text around it."""
     return html.escape(plain(value), quote=True)
+
+
+def prose(value: object) -> str:
+    """`value` as safe HTML in which what stands between two backticks looks like code."""
+    return _CODE.sub(r"<code>\1</code>", esc(value))
 
 
 @contextmanager
@@ -144,9 +151,10 @@ REMOTE_CODE = (
 """Heading and text of the notice at every job with TRUST_REMOTE_CODE."""
 
 
-def notice(kind: str, heading: str, text: str = "") -> str:
-    """A message box of kind `info`, `warn`, `error` or `good`; `heading` and `text` are plain text."""
-    body = f"<p>{esc(text)}</p>" if text else ""
+def notice(kind: str, heading: str, text: str = "", buttons: str = "") -> str:
+    """A message box of kind `info`, `warn`, `error` or `good`; `heading` and `text` are plain text, `buttons` HTML."""
+    body = f"<p>{prose(text)}</p>" if text else ""
+    body += f'<div class="qd-actions">{buttons}</div>' if buttons else ""
     role = "alert" if kind == "error" else "status"
     return f'<div class="qd-notice qd-{kind}" role="{role}"><strong>{esc(heading)}</strong>{body}</div>'
 

@@ -91,8 +91,8 @@ def result_table(model: str, rows: Sequence[Row]) -> str:
         for row in rows
     )
     return (
-        '<div class="qd-scroll"><table class="qd-table qd-result"><thead><tr><th>Model</th><th>Task</th>'
-        '<th>Metric</th><th class="qd-num">Baseline</th><th class="qd-num">Quantized</th>'
+        '<div class="qd-scroll"><table class="qd-table qd-result qd-numbers qd-flow"><thead><tr><th>Model</th>'
+        '<th>Task</th><th>Metric</th><th class="qd-num">Baseline</th><th class="qd-num">Quantized</th>'
         f'<th class="qd-num">Impact</th></tr></thead><tbody>{body}</tbody></table></div>'
     )
 

@@ -17,11 +17,12 @@ from backend.errors import JobError, QuantdeckError
 from backend.jobs.results import full_name, results_of
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
+from backend.served.address import DEFAULT_URL
 from backend.served.known import Found, KnownServers
 from backend.settings import Settings
 from ui.chat_pair import SERVED, SIDES, ChatPair, chat_key, pair_key, served_key
 from ui.format import ago, significant, size
-from ui.layout import empty, esc, link, notice, page, plain, title
+from ui.layout import empty, esc, link, notice, page, plain, prose, title
 from ui.reading import briefly, find, store_notice
 
 LEAD = (
@@ -272,8 +273,9 @@ def served_to_choose(servers: Sequence[Found]) -> Choices:
 
 
 def servers_html(servers: Sequence[Found]) -> str:
-    """Why servers cannot be used; empty if all can."""
-    reasons = [f"Not reachable: {esc(server.reason)}" for server in servers if server.reason]
+    """Why servers cannot be used; empty if all can. Of the address that is tried without being asked for, nothing."""
+    named = [server for server in servers if server.reason and server.url != DEFAULT_URL]
+    reasons = [f"Not reachable: {prose(server.reason)}" for server in named]
     return f'<p class="qd-muted qd-small">{"<br>".join(reasons)}</p>' if reasons else ""
 
 

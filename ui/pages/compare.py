@@ -270,9 +270,9 @@ def delta_table(chosen: Sequence[Measured]) -> str:
             named = f'<td class="qd-nowrap">{esc(label)}</td>'
             body.append(f"<tr>{'' if i else shared}{named}{number_cells(row)}</tr>")
     return card(
-        '<div class="qd-scroll"><table class="qd-table"><thead><tr><th>Metric</th><th>Measured how</th><th>Job</th>'
-        '<th class="qd-num">Baseline</th><th class="qd-num">Quantized</th><th class="qd-num">Impact</th></tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>",
+        '<div class="qd-scroll"><table class="qd-table qd-numbers qd-flow"><thead><tr><th>Metric</th>'
+        '<th>Measured how</th><th>Job</th><th class="qd-num">Baseline</th><th class="qd-num">Quantized</th>'
+        f'<th class="qd-num">Impact</th></tr></thead><tbody>{"".join(body)}</tbody></table></div>',
         classes="qd-flush",
     )
 
