@@ -24,6 +24,7 @@ GREY = "#7f8b9b"
 
 Row = Mapping[str, Any]
 
+_MIDDLE = {"x": 0.5, "y": 0.5, "xref": "paper", "yref": "paper"}
 _BARS = {"type": "data", "symmetric": False, "thickness": 1.4, "width": 5, "color": GREY}
 
 
@@ -74,12 +75,14 @@ def layer_errors(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -
             _layer_line(figure, own, "before_error", "Before block finetuning", RTN, "dash")
         _layer_line(figure, own, "error", label, color, "solid")
     what = "Weight" if any("weight" in str(row.get("unit")) for row in rows) else "Output"
-    layout(figure, f"{what} error by layer", "relative error (%)", 340 + 12 * len(groups))
+    layout(figure, f"{what} error by layer", "relative error (%)", 340 + 12 * max(1, len(groups)))
     if len(groups) > 1:
         figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}, margin={"b": 110})
         figure.update_layout(height=440 + 16 * len(groups))
         figure.update_yaxes(type="log", rangemode="normal", dtick="D2")  # 2 and 4 bits differ tenfold
     figure.update_layout(hovermode="x unified")
+    if not rows:
+        figure.add_annotation(text="A point per layer, from the first one on", showarrow=False, **_MIDDLE)
     most = max((len(own) for own in groups.values()), default=0)
     return figure.update_xaxes(title={"text": "decoder layer"}, dtick=max(1, most // 16), tick0=0)
 
@@ -94,13 +97,9 @@ def tuning_curve(rows: Sequence[Row]) -> go.Figure:
     losses = [row for row in rows if row.get("loss") is not None]
     measured = [row for row in rows if row.get("validation") is not None]
     figure.add_scatter(
-        x=[row["step"] for row in losses],
-        y=[row["loss"] for row in losses],
-        name="Training",
-        mode="lines",
-        line={"color": BASELINE, "width": 1.4},
-        hovertemplate="%{y:.3g}",
-    )
+        x=[row["step"] for row in losses], y=[row["loss"] for row in losses], name="Training", mode="lines",
+        line={"color": BASELINE, "width": 1.4}, hovertemplate="%{y:.3g}",
+    )  # fmt: skip
     figure.add_scatter(
         x=[row["step"] for row in measured],
         y=[row["validation"] for row in measured],

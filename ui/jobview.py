@@ -28,6 +28,7 @@ STATE_WORDS = {
 }
 MAX_HISTORY = 20  # changes of state shown; a job that was resumed often has more
 MAX_REASON = 90  # characters of a reason in the list; all of it is on the job's page
+RETRY = "To retry it, press Resume: it goes on where it stopped. Clone begins a new job with the same settings."
 CANCELLABLE = ("queued", "starting", "running", "lost")
 
 Row = Mapping[str, Any]
@@ -141,7 +142,9 @@ def actions(job: Job, *, here: bool) -> str:
         if rows:
             buttons.append(link("Compare", f"/compare?jobs={job.uid}"))
     if job.state in ("failed", "cancelled"):
-        buttons.append(action("Resume", "resume", job.uid, title="Go on where it stopped; what is finished stays"))
+        buttons.append(
+            action("Resume", "resume", job.uid, title="Retry: go on where it stopped; what is finished stays")
+        )
     if here and can_be_measured(job):
         ask = f"Measure job {job.job_id} again? The saved model stays; its numbers are replaced by the new ones."
         hint = "Evaluate and benchmark the saved model once more"
@@ -287,7 +290,7 @@ def _told(job: Job) -> str:
         single = job.artefact and len(results_of(job.result)) < 2
         kept = f" The quantized model was saved before and stays in {job.artefact}." if single else ""
         hint = advice(job.outcome) if job.outcome else ""
-        return notice("error", "This job failed", reason + kept + (f"\n{hint}" if hint else ""))
+        return notice("error", "This job failed", "\n".join(part for part in (reason + kept, hint, retry) if part))
     if job.state == "succeeded" and job.reason:
         return notice("info", "Finished as far as this machine can", job.reason)
     if job.state == "queued":
@@ -302,12 +305,13 @@ def _told(job: Job) -> str:
         return notice("info", "This job is being cancelled", rung(job)[:1].upper() + rung(job)[1:])
     if job.state == "cancelled":
         hint = advice(job.outcome) if job.outcome and job.outcome != "cancelled" else ""
-        return notice("warn", "This job was cancelled", "\n".join(part for part in (job.reason, hint) if part))
+        return notice("warn", "This job was cancelled", "\n".join(part for part in (job.reason, hint, retry) if part))
     return ""
 
 
 def history_table(events: Sequence[Row]) -> str:
     """The job's changes of state, newest first: when, in which attempt, to what, by whom, why.
+    retry = "" if job.deleted_at else RETRY
 
     Args:
         events: Rows of `job_events`, oldest first.

@@ -27,7 +27,7 @@ What job {name} was made from: everything but the weights.
 command.sh     runs the same job, in Quantdeck's folder or with its environment
 versions.txt   the packages that made it; `pip install -r versions.txt` installs them, +cpu and +cu builds of torch
                from PyTorch's own index
-facts.json     model and commit, data, seed, device, Quantdeck's commit when this file was made
+facts.json     model and commit, data, seed, device, peak memory, Quantdeck's commit when this file was made
 results.json   the measurements
 results.md     the same as a table
 SHA256SUMS     checksums of the model's files; `sha256sum -c SHA256SUMS` above the folders of the models
@@ -92,6 +92,7 @@ def _facts(job: Job, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "seed": calibration.SEED,
         "data": {**data, "calibration": calibration.model_dump(mode="json"), "taken": manifest.get("calibration")},
         "device": manifest.get("device") or job.device,
+        "peak_memory_bytes": (job.result or {}).get("peak_rss_bytes"),
         "quantdeck_commit_now": commit(),
     }
 

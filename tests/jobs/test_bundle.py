@@ -28,7 +28,7 @@ ENTRY = {"name": "awq-w4-g128", "label": "AWQ", "artefact": None, "rows": [ROW],
 
 def finished(home, name):
     job = add_job(home, name, CALIBRATION={"SEED": 77})
-    finish(home, job, {"results": [ENTRY], "rows": [ROW]})
+    finish(home, job, {"results": [ENTRY], "rows": [ROW], "peak_rss_bytes": 630_000_000})
     return JobStore(home).get(job.uid)
 
 
@@ -47,6 +47,7 @@ def test_a_bundle_has_all_that_makes_the_result_again_and_no_weights(home):
     assert found["made/command.sh"] == "python -m backend run made.yaml\n"
     facts = json.loads(found["made/facts.json"])
     assert facts["seed"] == 77 and facts["model_commit"] == "f" * 40 and facts["data"]["DATASET_NAME"]
+    assert facts["peak_memory_bytes"] == 630_000_000
     assert facts["data"]["taken"] == {"sequences": 8, "tokens": 1024} and facts["quantdeck_commit_now"] == commit()
     assert json.loads(found["made/results.json"]) == [{"name": "awq-w4-g128", "label": "AWQ", "rows": [ROW]}]
     assert found["made/results.md"] == "| a table |\n"

@@ -147,6 +147,16 @@ def test_layer_errors_are_read_when_they_have_changed(home, job, page):
     assert sent(page.show(first["seen"])["chart"])
 
 
+def test_layers_have_their_place_before_the_first_is_done(home, job, page):
+    assert not sent(page.show({"uid": job.uid})["chart"])
+    store = start(home, job)
+    first = page.show({"uid": job.uid})
+    assert first["chart"].visible and "from the first one on" in first["chart"].value["plot"]
+    assert not sent(page.show(first["seen"])["chart"])
+    store.move(job.uid, "failed", actor="runner", attempt=1, reason="no such model")
+    assert page.show(first["seen"])["chart"].visible is False
+
+
 def test_a_tuning_curve_appears_with_its_first_step(home, job, page):
     file = home.run_dir(job.uid) / "events.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)

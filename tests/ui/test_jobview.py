@@ -166,7 +166,9 @@ def test_a_failure_tells_its_reason_and_what_was_kept():
 def test_a_failure_tells_what_can_be_done():
     html = jobview.overview(job("failed", reason="killed", outcome="out_of_memory"))
     assert layout.esc(outcomes.advice("out_of_memory")) in html
-    assert "This job failed" in jobview.overview(job("failed", reason="killed", outcome="a code of the future"))
+    told = jobview.overview(job("failed", reason="killed", outcome="a code of the future"))
+    assert "This job failed" in told and "To retry it, press Resume" in told
+    assert 'title="Retry: go on' in jobview.actions(job("failed"), here=True)
 
 
 @pytest.mark.parametrize(

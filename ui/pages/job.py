@@ -189,9 +189,9 @@ def _usage(home: Home, job: Job, now: Seen) -> list[Any]:
         return [gr.skip(), gr.skip()]
     now["usage"] = [version, running]
     found = drawn(path, version, job.algorithm, running=running)
-    return (
-        [gr.skip(), gr.skip()] if found is None else [gr.Plot(found[0], visible=True), gr.HTML(found[1], visible=True)]
-    )
+    if found is None:
+        return [gr.skip(), gr.skip()]
+    return [gr.Plot(found[0], visible=True), gr.HTML(found[1], visible=True)]
 
 
 def _curve(home: Home, job: Job, now: Seen) -> Any:
@@ -205,12 +205,13 @@ def _curve(home: Home, job: Job, now: Seen) -> Any:
 
 def _chart(home: Home, job: Job, now: Seen) -> Any:
     labels = {entry["name"]: entry["label"] for entry in results_of(job.result)}
-    state = [_version(home.run_dir(job.uid) / "events.jsonl"), labels]
+    at_work = job.state in ("starting", "running", "cancelling")  # has a place for what is to come
+    state = [_version(home.run_dir(job.uid) / "events.jsonl"), labels, at_work]
     if state == now.get("layers"):
         return gr.skip()
     rows, _ = _read(home, job.uid, state[0])
-    now["layers"] = state
-    return gr.Plot(layer_errors(rows, labels), visible=True) if rows else gr.skip()
+    shown, now["layers"] = "layers" in now, state
+    return gr.Plot(layer_errors(rows, labels), visible=bool(rows or at_work)) if rows or at_work or shown else gr.skip()
 
 
 def _version(path: Path) -> tuple[int, int]:
