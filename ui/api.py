@@ -27,7 +27,7 @@ MAX_PAGE = 10_000_000
 MAX_SEARCH = 100
 TOLD = (
     "uid", "job_id", "state", "reason", "outcome", "model", "algorithm", "device", "attempt", "priority", "progress",
-    "artefact", "created_at", "started_at", "finished_at",
+    "artefact", "created_at", "started_at", "finished_at", "tags", "note", "deleted_at",
 )  # fmt: skip
 """What `status` and `list_jobs` tell of a job: `Job`'s attributes of these names."""
 
@@ -57,7 +57,7 @@ def add_api(home: Home) -> None:
             return result_object(_find(home, job_id))
 
     def list_jobs(state: str = "", search: str = "", page: int = 1) -> list[dict]:
-        """Jobs, newest first, 50 a page; `search` looks in name, model, algorithm and uid."""
+        """Jobs, newest first, 50 a page; `search` looks in name, model, algorithm, uid, tags and note."""
         with told_plainly():
             states = ((_choice("state", state, (*ACTIVE, *FINAL))),) if state != "" else ()
             text = _text("search", search)[:MAX_SEARCH]
@@ -83,7 +83,7 @@ def actor_of(request: gr.Request) -> str:
 
 def job_facts(job: Job) -> dict[str, Any]:
     """What `status` answers."""
-    return {name: getattr(job, name) for name in TOLD}
+    return {name: getattr(job, name) for name in TOLD} | {"tags": list(job.tags)}
 
 
 @contextmanager

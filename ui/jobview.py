@@ -10,6 +10,7 @@ from backend.errors import QuantdeckError
 from backend.jobs.outcomes import advice
 from backend.jobs.results import measured, results_of
 from backend.jobs.stage_names import index_of, seconds, shown_stages
+from backend.jobs.states import FINAL
 from backend.jobs.store import Job
 from backend.schema import parse_yaml
 from ui.format import ago, clock, duration, elapsed, moment, significant, size
@@ -42,7 +43,9 @@ def badge(state: str) -> str:
 def badges(job: Job) -> str:
     """The state, and beside it whether the runner has been silent for a while."""
     silent = ' <span class="qd-badge qd-s-stalled">No sign of life</span>' if is_silent(job) else ""
-    return badge(job.state) + silent
+    word = "Half deleted" if job.erased else "Deleted"
+    gone = f' <span class="qd-badge qd-s-lost">{word}</span>' if job.deleted_at else ""
+    return badge(job.state) + silent + gone
 
 
 def is_silent(job: Job) -> bool:
@@ -133,6 +136,8 @@ def actions(job: Job, *, here: bool) -> str:
         job: The job.
         here: True on the job's own page, which needs no Open, and where there is room for more.
     """
+    if job.deleted_at:
+        return _ways_back(job, here=here)
     rows = rows_of(job)
     buttons = []
     if not here:
@@ -159,7 +164,24 @@ def actions(job: Job, *, here: bool) -> str:
     if job.state in CANCELLABLE:
         ask = f"Cancel job {job.job_id}? What it has finished is kept, and it can be resumed later."
         buttons.append(action("Cancel", "cancel", job.uid, kind="danger", confirm=ask))
+    if here and job.state in FINAL:
+        hint = "Take it out of the list; its files stay, and it can be restored"
+        buttons.append(action("Delete", "delete", job.uid, kind="danger", title=hint))
     return "".join(buttons)
+
+
+def _ways_back(job: Job, *, here: bool) -> str:
+    """What can be done with a deleted job; for good only from the list, which asks first and tells what that frees."""
+    back = "" if job.erased else action("Restore", "restore", job.uid, title="Put it back into the list")
+    if here:
+        return back
+    return (
+        ("" if job.erased else link("Open", f"/job?id={job.uid}"))
+        + back
+        + action(
+            "Delete for good", "ask-erase", job.uid, kind="danger", title="Remove its files; you are asked once more"
+        )
+    )
 
 
 def can_be_measured(job: Job) -> bool:
@@ -273,7 +295,11 @@ def runs_remote_code(config_yaml: str) -> bool:
 
 def notices(job: Job) -> str:
     """What one should know of a job before anything else: why it waits, fails or is silent, and what to do."""
-    told = (notice("error", *REMOTE_CODE) if runs_remote_code(job.config_yaml) else "") + _told(job)
+    told = ""
+    if job.deleted_at:
+        text = "It is in no list and keeps its files. Restore it, or delete it for good: page Jobs, Deleted."
+        told = notice("warn", "This job is deleted", text)
+    told += (notice("error", *REMOTE_CODE) if runs_remote_code(job.config_yaml) else "") + _told(job)
     if is_silent(job):
         told += notice(
             "warn",

@@ -30,7 +30,9 @@ JUNK = [
     "x" * 10_000,
 ]  # fmt: skip
 EVENTS = [None, {}, {"act": "__class__", "uid": {"$": 1}}, {"act": "cancel", "uid": "../../x"},
-          {"act": "resume", "uid": HOSTILE}, {"act": ["cancel"], "uid": None}, "x"]  # fmt: skip
+          {"act": "resume", "uid": HOSTILE}, {"act": ["cancel"], "uid": None}, "x",
+          {"act": "erase", "uid": "../../x", "uids": "../../x"}, {"act": "delete", "uid": "", "uids": ["x"] * 99},
+          {"act": "sort", "uid": "uid; DROP TABLE jobs"}, {"act": "tag", "uid": HOSTILE}]  # fmt: skip
 
 
 def state_of(home: Home) -> tuple:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from backend.jobs import control
+from backend.jobs import control, labels
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
 from backend.process import hold_lock
@@ -136,6 +136,60 @@ def test_paging_through_ten_thousand_jobs(address, watched):
     page.locator('#jobs tr[data-job="at-work"]').get_by_role("button", name="Cancel").click()  # not confirmed
     page.locator('#jobs tr[data-job="at-work"] a.qd-name').click()
     page.wait_for_url("**/job?id=*")
+    assert [fault for fault in faults if not OWN_NOISE.search(fault)] == []
+
+
+def test_sorting_selecting_deleting_and_undoing_among_ten_thousand_jobs(address, runner, watched):
+    page, faults = watched
+    labels.change(runner.home, "job-00007", tags="sweep", note="the best so far")
+    labels.change(runner.home, "job-00009", tags="sweep")
+    page.goto(address)
+    sees(page, "#jobs", "1 to 50 of 10,001 jobs")
+
+    # By name; the address keeps it. What is selected outlives the list that the job at work draws anew all the time.
+    page.get_by_role("button", name="Job", exact=True).click()
+    expect(page.locator("#jobs th[aria-sort=ascending]")).to_have_text("Job", timeout=STEP_MS)
+    expect(page.locator("#jobs tbody tr").nth(1)).to_contain_text("job-00000", timeout=STEP_MS)
+    assert page.url.endswith("/?sort=name")
+    box = page.get_by_role("checkbox", name="Select job-00001")
+    box.focus()
+    page.keyboard.press("Space")
+    page.get_by_role("checkbox", name="Select job-00003").click(modifiers=["Shift"])
+    expect(page.locator("[data-bulk] [data-count]")).to_have_text("3 selected")
+    page.evaluate("document.querySelector('#jobs table').dataset.old = 'yes'")
+    runner.store.update(runner.job.uid, 1, progress={"stage": "quantize", "step": 4, "total": 10})
+    wait_until(page, "!document.querySelector('#jobs table').dataset.old")
+    expect(page.locator("[data-pick]:checked")).to_have_count(3)
+    expect(page.get_by_role("checkbox", name="Select job-00003")).to_be_focused()
+    expect(page.locator("[data-bulk] a")).to_have_attribute(
+        "href", re.compile(r"/compare\?jobs=[0-9a-f]{22},[0-9a-f]{22}$")
+    )
+
+    page.get_by_role("button", name="Delete 3").click()
+    sees(page, "#said", "3 jobs were deleted")
+    sees(page, "#filters", "9,998")
+    expect(page.locator("[data-bulk]")).to_be_hidden()
+    page.locator("#said").get_by_role("button", name="Undo").click()
+    sees(page, "#said", "3 jobs were restored")
+    sees(page, "#filters", "10,001")
+
+    # A tag narrows the list; one of its jobs is deleted for good.
+    page.locator("#jobs").get_by_role("button", name="sweep").first.click()
+    expect(page.locator("#jobs tbody tr")).to_have_count(2, timeout=STEP_MS)
+    expect(page.locator("#search :is(input, textarea)")).to_have_value("tag:sweep")
+    page.get_by_role("checkbox", name="Select all jobs shown").check()
+    page.keyboard.press("Escape")
+    expect(page.locator("[data-pick]:checked")).to_have_count(0)
+    page.get_by_role("checkbox", name="Select job-00009").check()
+    page.get_by_role("button", name="Delete 1").click()
+    page.locator("#filters").get_by_role("button", name="Deleted").click()
+    page.get_by_role("button", name="Delete for good").click()
+    sees(page, "#said", "Delete job job-00009 for good?")
+    page.locator("#said").get_by_role("button", name="Delete for good").click()
+    sees(page, "#said", "Job job-00009 was deleted for good")
+    sees(page, "#jobs", "No job matches")
+    page.get_by_role("button", name="Show all").click()
+    sees(page, "#filters", "10,000")
     assert [fault for fault in faults if not OWN_NOISE.search(fault)] == []
 
 

@@ -19,8 +19,11 @@ from backend.process import hold_lock
 from backend.schema import parse_yaml
 from tests.ui.many import fill
 from ui.draft import TEMPLATE
+from ui.jobactions import act_on
+from ui.jobslist import View, moved, read_list
+from ui.jobstable import filters_html, table_html, title_html
 from ui.pages import jobs as jobs_page
-from ui.pages.jobs import PATIENCE, View, act_on, filters_html, moved, read_list, table_html, title_html
+from ui.pages.jobs import PATIENCE
 from ui.reading import Results
 
 NOBODY = SimpleNamespace(username=None)  # the request of a page that needs no login
@@ -87,10 +90,11 @@ def test_states_are_counted_within_the_search(many):
     everything = read_list(many, View(), Results())
     assert everything.groups == {
         "": 10_000, "running": 0, "waiting": 0, "succeeded": 6_000, "failed": 2_000, "cancelled": 2_000,
+        "deleted": 0,
     }  # fmt: skip
     found = read_list(many, View("failed", "model-3"), Results())  # model-3 and model-30 to model-39
     assert found.groups == {
-        "": 2_200, "running": 0, "waiting": 0, "succeeded": 1_200, "failed": 600, "cancelled": 400,
+        "": 2_200, "running": 0, "waiting": 0, "succeeded": 1_200, "failed": 600, "cancelled": 400, "deleted": 0,
     }  # fmt: skip
     assert {job.state for job in found.jobs} == {"failed"} and all("model-3" in job.model for job in found.jobs)
     html = filters_html(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -14,11 +15,12 @@ from backend.jobs.store import Job, JobStore
 from backend.schema import parse_yaml
 from ui import jobview, layout, madeview, resultview
 from ui.draft import TEMPLATE
+from ui.jobslist import Listing, View
+from ui.jobstable import filters_html, table_html, title_html
 from ui.pages.chat import head_html as head_of_pane
 from ui.pages.chat import models_to_choose
 from ui.pages.compare import Measured, chart_note, delta_table, figure_for, measurements, protocols_of, rows_for
 from ui.pages.job import head_html, result_html, size_points
-from ui.pages.jobs import Listing, View, filters_html, table_html, title_html
 from ui.reading import store_notice
 from ui.yamlview import yaml_html
 
@@ -85,7 +87,17 @@ def buttons(html):
 def test_only_what_makes_sense_is_offered(state, offered):
     assert buttons(jobview.actions(job(state), here=False)) == {"Open", "Clone", "YAML"} | offered
     more = {"Chat with both", "Measure again", "Reproduce"} if state == "succeeded" else set()
+    more |= {"Delete"} if state in FINAL else set()
     assert buttons(jobview.actions(job(state), here=True)) == {"Clone", "YAML"} | offered | more
+
+
+def test_a_deleted_job_can_be_restored_and_says_that_it_is_deleted():
+    gone = job("failed", deleted_at="2026-01-01T00:00:00.000+00:00")
+    assert buttons(jobview.actions(gone, here=False)) == {"Open", "Restore", "Delete for good"}
+    assert buttons(jobview.actions(gone, here=True)) == {"Restore"}
+    assert ">Deleted</span>" in jobview.badges(gone) and "This job is deleted" in jobview.overview(gone)
+    half = replace(gone, erased="begun")
+    assert buttons(jobview.actions(half, here=False)) == {"Delete for good"} and "Half deleted" in jobview.badges(half)
 
 
 @pytest.mark.parametrize("state", ["failed", "cancelled"])

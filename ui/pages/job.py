@@ -22,6 +22,7 @@ from backend.jobs.usage import USAGE_FILE
 from backend.paths import Home
 from ui.charts import cost_against_divergence, layer_errors, size_against, tuning_curve
 from ui.jobview import actions, badges, history_table, overview, stage_list
+from ui.labelsview import add_labels
 from ui.layout import ACTION_JS, KEEP_OPEN_JS, card, empty, esc, link, notice, page
 from ui.loadways import tasks_of
 from ui.logview import LOG_JS, frame_html, functions
@@ -41,6 +42,7 @@ Seen = dict[str, Any]  # what this page has shown: uid, digests of its parts, wh
 
 def build(demo: gr.Blocks, home: Home) -> None:
     """Adds the page to `demo`."""
+    seen = gr.State({})
     with page("jobs"):
         head = gr.HTML(js_on_load=ACTION_JS, elem_id="job-head")
         said = gr.HTML(visible=False)
@@ -59,6 +61,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
                 taken = gr.Plot(show_label=False, elem_id="usage", elem_classes=["qd-plot"], visible=False)
                 words = gr.HTML(visible=False, elem_id="usage-words")
         saved = gr.HTML(visible=False, elem_id="artefact", js_on_load=KEEP_OPEN_JS)
+        add_labels(demo, home, seen)
         gr.HTML('<div class="qd-section"><h2>Log</h2></div>')
         gr.HTML(
             frame_html(),
@@ -68,7 +71,6 @@ def build(demo: gr.Blocks, home: Home) -> None:
             elem_classes=["qd-log-box"],
         )
         history = gr.HTML(visible=False, elem_id="history")
-    seen = gr.State({})
     timer = gr.Timer(REFRESH_S)
     parts = {
         "head": head, "facts": facts, "result": result, "ran": ran, "stages": stages, "notes": remarks, "made": saved,
