@@ -20,6 +20,8 @@ from backend.errors import QuantdeckError
 from backend.evaluate.compare import RENDERERS, comparison_rows
 from backend.jobs import control
 from backend.jobs.bundle import bundle
+from backend.jobs.export import export_text
+from backend.jobs.export_notes import OTHERS
 from backend.jobs.logs import files
 from backend.jobs.results import results_of
 from backend.jobs.store import Job, JobStore
@@ -105,6 +107,18 @@ def add_downloads(app: FastAPI, home: Home) -> None:
         except QuantdeckError as error:
             return PlainTextResponse(error.message, status_code=404)
         return Response(text + "\n", media_type=TABLES[kind], headers=attachment(f"{job.job_id}.{kind}"))
+
+    @app.get("/download/{uid}/{target}.yaml")
+    def for_another_program(uid: str, target: str) -> Response:
+        """The job's settings as a file of another program."""
+        job = _job(home, uid) if target in OTHERS else None
+        if job is None:
+            return _missing()
+        try:
+            text = export_text(job.config_yaml, target)
+        except QuantdeckError as error:
+            return PlainTextResponse(error.message, status_code=404)
+        return Response(text, media_type="application/yaml", headers=attachment(f"{job.job_id}.{target}.yaml"))
 
     @app.get("/download/{uid}/{name}/{file:path}")
     def model_file(uid: str, name: str, file: str) -> Response:

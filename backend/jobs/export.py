@@ -27,6 +27,7 @@ from backend.schema import (
     parse_yaml,
     sections,
 )
+from backend.schema.document import PLACEHOLDER
 from backend.schema.fields import each
 
 TARGETS = ("yaml", "nyuntam", "llmcompressor", "command")
@@ -88,7 +89,7 @@ def _nyuntam(document: Document, config: JobConfig) -> str:
     prepare(document, config)
     for key in (*SECTIONS, *OWN_KEYS):
         document.remove((key,))
-    return document.dump()
+    return PLACEHOLDER.sub(r"\1# \2", document.dump())
 
 
 def _nyuntam_awq(document: Document, config: JobConfig) -> None:

@@ -28,7 +28,7 @@ from backend.schema.yaml_edit import last_leaf, leaf_at, move_comment_below, nod
 from backend.schema.yaml_lines import keep_lines
 from backend.schema.yaml_text import MAX_BYTES, MAX_LINES, Style, check_shape, plain_of, written, yaml_of
 
-_PLACEHOLDER = re.compile(r"^([ \t]+)(\.\.\.other params[ \t]*\r?)$", re.MULTILINE)
+PLACEHOLDER = re.compile(r"^([ \t]+)(\.\.\.other params[ \t]*\r?)$", re.MULTILINE)
 """A line of the TensorRT-LLM guide that stands for keys it does not show; it is no YAML and is read as a comment."""
 
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -241,7 +241,7 @@ def _check_size(text: str) -> None:
 
 def _readable(text: str) -> str:
     """The text as the YAML reader takes it."""
-    return _PLACEHOLDER.sub(r"\1# \2", text.removeprefix("\ufeff").replace("\r\n", "\n"))
+    return PLACEHOLDER.sub(r"\1# \2", text.removeprefix("\ufeff").replace("\r\n", "\n"))
 
 
 def decode_yaml(raw: bytes, name: str = "this file") -> str:

@@ -53,7 +53,8 @@ def report(document: Document) -> Report:
         _ = document.config
         wrong: tuple[Remark, ...] = ()
     except ConfigErrors as error:
-        wrong = tuple(Remark(one.key, one.detail, line(document, one.key)) for one in error.errors)
+        found = [Remark(one.key, one.detail, line(document, one.key)) for one in error.errors]
+        wrong = tuple(sorted(found, key=lambda remark: (not remark.line, remark.line)))
     unknown = tuple(
         Remark(
             ".".join(one.path),

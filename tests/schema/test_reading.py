@@ -169,9 +169,9 @@ def test_the_report_of_a_file_with_all_kinds_of_mistakes():
     found = report(parse_yaml(WRONG))
     assert found.understood == {"Model": 1, "Dataset": 1, "Algorithm": 1, "AutoAWQ": 1, "Evaluation": 1}
     assert [(one.line, one.key) for one in found.wrong] == [
-        (9, "llm.AutoAWQ.Q_GROUP_SIZE"), (5, "JOB_ID"), (17, "EVALUATION.TASKS.1.NAME"),
+        (5, "JOB_ID"), (9, "llm.AutoAWQ.Q_GROUP_SIZE"), (17, "EVALUATION.TASKS.1.NAME"),
     ]  # fmt: skip
-    assert "found 100; allowed: 128, 64 or 32" in found.wrong[0].text
+    assert "found 100; allowed: 128, 64 or 32" in found.wrong[1].text
     assert [(one.line, one.key, one.text) for one in found.unknown] == [
         (4, "MODLE", "did you mean MODEL?"), (11, "llm.AutoAWQ.W_BITS", "did you mean W_BIT?"),
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 
 from backend.errors import ConfigError
 from backend.jobs import launch
+from backend.jobs.export import export_text
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from backend.schema import parse_yaml
@@ -130,3 +131,19 @@ def test_this_machine_is(home, host):
 def test_without_accounts_there_is_no_login(client):
     assert client.get("/login", follow_redirects=False).headers["location"] == "/"
     assert client.get("/login/account").json() == {"account": None}
+
+
+def test_a_job_is_handed_out_for_other_programs(client, home):
+    text = TEMPLATE.replace("my-first-job", "for-others")
+    job = JobStore(home).create(text, parse_yaml(text).config, device="cpu")
+    answer = client.get(f"/download/{job.uid}/nyuntam.yaml")
+    assert answer.status_code == 200 and answer.text == export_text(text, "nyuntam")
+    assert answer.headers["content-disposition"] == 'attachment; filename="for-others.nyuntam.yaml"'
+    recipe = client.get(f"/download/{job.uid}/llmcompressor.yaml")
+    assert recipe.status_code == 200 and "quant_modifiers" in recipe.text
+    for path in (f"{job.uid}/command.yaml", f"{job.uid}/x.yaml", f"{'0' * 22}/nyuntam.yaml", "x/nyuntam.yaml"):
+        assert client.get(f"/download/{path}").status_code == 404
+    odd = TEMPLATE.replace("W_BIT: 4", "W_BIT: 3")
+    job = JobStore(home).create(odd, parse_yaml(odd).config, device="cpu")
+    answer = client.get(f"/download/{job.uid}/nyuntam.yaml")
+    assert answer.status_code == 404 and "set it to 4" in answer.text

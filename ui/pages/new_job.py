@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,6 +19,7 @@ from ui.datapreview import DataPreview
 from ui.differences import differences
 from ui.draft import FIELDS, TEMPLATE, Draft, open_draft
 from ui.examples import demo_values, example_text, examples
+from ui.exportview import exports_html
 from ui.fields import Form, fields_of
 from ui.importer import REPORT, Importer, opened, unopened
 from ui.layout import esc, notice, page, title
@@ -101,7 +103,8 @@ def build(demo: gr.Blocks, home: Home) -> None:
         wrong = messages_by_key(found.problems, now, values)
         marks = [mark(field, wrong.get(field.key), before.get(field.key)) for field in FIELDS]
         shown = yaml_html(found.text, found.file_name, "Job file, as it will be saved", differences(found.text))
-        return [review_html(found), shown, command_html(found), wrong, *marks]
+        others = exports_html(found.text, Path(found.file_name).stem) if found.config else ""
+        return [review_html(found), shown, command_html(found) + others, wrong, *marks]
 
     def on_algorithm(chosen: str | None) -> list[Any]:
         return [gr.update(visible=name == chosen) for name in sections]
