@@ -28,8 +28,8 @@ STATE_WORDS = {
     "cancelled": "Cancelled",
 }
 MAX_HISTORY = 20  # changes of state shown; a job that was resumed often has more
-MAX_REASON = 90  # characters of a reason in the list; all of it is on the job's page
 RETRY = "To retry it, press Resume: it goes on where it stopped. Clone begins a new job with the same settings."
+MAX_REASON = 90  # characters of a reason in the list; all of it is on the job's page
 CANCELLABLE = ("queued", "starting", "running", "lost")
 
 Row = Mapping[str, Any]
@@ -311,6 +311,7 @@ def notices(job: Job) -> str:
 
 
 def _told(job: Job) -> str:
+    retry = "" if job.deleted_at else RETRY
     if job.state == "failed":
         reason = (job.reason or "No reason was recorded; see the log").rstrip(".") + "."
         single = job.artefact and len(results_of(job.result)) < 2
@@ -337,7 +338,6 @@ def _told(job: Job) -> str:
 
 def history_table(events: Sequence[Row]) -> str:
     """The job's changes of state, newest first: when, in which attempt, to what, by whom, why.
-    retry = "" if job.deleted_at else RETRY
 
     Args:
         events: Rows of `job_events`, oldest first.
