@@ -1,4 +1,4 @@
-"""A process that fits layers for `workers.FitPool`: `python -m backend.quantize.aqlm.worker DESCRIPTOR`.
+"""A process that fits layers for `workers.FitPool`: `python -m backend.quick_start` with this module and a DESCRIPTOR.
 
 It computes on one thread, and ends when the other end of its socket is closed, in the middle of a fit, too.
 """
@@ -54,7 +54,8 @@ def serve(end: socket.socket) -> None:
             os.close(descriptor)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serve on the socket whose descriptor is the first argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever interrupts the job interrupts the starter, which closes
     torch.set_num_threads(1)
     serve(socket.socket(fileno=int(sys.argv[1])))

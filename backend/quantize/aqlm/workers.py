@@ -120,7 +120,7 @@ class _Worker:
         self.end, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "backend.quantize.aqlm.worker", str(there.fileno())],
+                [sys.executable, "-m", "backend.quick_start", "backend.quantize.aqlm.worker", str(there.fileno())],
                 pass_fds=[there.fileno()],
                 cwd=PROJECT,
                 env={**os.environ, **dict.fromkeys(THREAD_VARIABLES, "1")},

@@ -1,7 +1,6 @@
 """Several processes that tune together, started by torchrun on this machine.
 
 They find each other through files, and nothing listens but gloo or NCCL on the loopback interface.
-Run as a program it is torchrun, tied to the life of its starter: `launch` starts it, and it starts the workers.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ import torch
 from backend import errors
 from backend.errors import EngineError, QuantdeckError
 from backend.paths import PROJECT
-from backend.process import die_with_parent
 from backend.quantize.aqlm.tune.job import Outcome, TuneJob
 from backend.quantize.aqlm.tune.progress import History
 from backend.quantize.aqlm.tune.report import Measurement, StepReport
 
-WORKER = "backend.quantize.aqlm.tune.worker"
+TORCHRUN = "backend.quantize.aqlm.tune.torchrun"
 ALONE = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # torchrun would open a store for all interfaces
     "GLOO_SOCKET_IFNAME": "lo",
@@ -57,7 +55,8 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="quantdeck-") as name:
         folder = Path(name)
         file = job.write(folder)
-        command = [sys.executable, "-m", __name__, str(os.getpid()), str(processes), str(folder / "meeting"), str(file)]
+        program = [sys.executable, "-m", "backend.quick_start", TORCHRUN]
+        command = [*program, str(os.getpid()), str(processes), str(folder / "meeting"), str(file)]
         tail: list[str] = []
         with subprocess.Popen(
             command, cwd=PROJECT, env=_environment(processes), stdout=subprocess.PIPE, text=True
@@ -120,22 +119,3 @@ def _raise(file: Path) -> None:
 def _environment(processes: int) -> dict[str, str]:
     threads = max(1, torch.get_num_threads() // processes)
     return {**os.environ, **ALONE, "OMP_NUM_THREADS": str(threads)}
-
-
-def main() -> None:
-    """torchrun, without a port, for as long as the starter lives."""
-    from torch.distributed import run
-
-    starter, processes, meeting, file = sys.argv[1:]
-    die_with_parent(int(starter))
-    Path(meeting).touch()
-    run.main(
-        [
-            "--nnodes=1", f"--nproc-per-node={processes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={meeting}",
-            "--rdzv-conf=store_type=file", "--rdzv-id=tune", "--max-restarts=0", "-m", WORKER, file,
-        ]
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

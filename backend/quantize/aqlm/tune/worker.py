@@ -1,4 +1,7 @@
-"""One of several tuning processes, as torchrun starts it: `python -m backend.quantize.aqlm.tune.worker JOB.json`."""
+"""One of several tuning processes, as torchrun starts it.
+
+Run as `python -m backend.quick_start backend.quantize.aqlm.tune.worker JOB.json`.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,3 @@ def main() -> None:
     if rank == 0:
         write_json(file.parent / "outcome.json", asdict(outcome))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
