@@ -18,6 +18,7 @@ from backend.formats.bits import predicted_bits
 from backend.formats.size import predicted_additive_size, predicted_size
 from backend.jobs.aqlm_checks import check_aqlm
 from backend.jobs.devices import choose_device
+from backend.jobs.fit_checks import check_windows, packing_notes
 from backend.jobs.machine_memory import free_memory
 from backend.jobs.memory_estimate import MemoryNeed, memory_needs
 from backend.jobs.memory_warnings import memory_warnings
@@ -104,6 +105,7 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
     attempt(engine_key, lambda: engine_for(config))
     planned = tuple(configurations(config, device or "cpu"))
     attempt("", lambda: check_device(config, device or "cpu"))
+    notes += packing_notes(config, device or "cpu")
     attempt("TRUST_REMOTE_CODE", lambda: check_remote_code(config, settings))
     if any(_is_awq_below_4_bits(one) for one in planned):
         notes.append("AWQ alone hardly beats plain rounding below 4 bits; GPTQ or AWQ+GPTQ are better there.")
@@ -120,6 +122,7 @@ def check_job(config: JobConfig, home: Home, *, confined: bool = False) -> Check
         notes.append(known.note)
     if known is not None and (facts := known.facts) is not None:
         attempt(model_key, lambda: MODEL_CHECKS[config.ALGORITHM](facts, config, planned, notes))
+        attempt("EVALUATION.WINDOW", lambda: check_windows(facts, config))
         if config.ALGORITHM == "TensorRTLLM":
             folder = known.folder or Path(model.id)
             notes += attempt("", lambda: run_notes(config, facts, home, folder, device or "cpu")) or []

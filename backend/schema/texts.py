@@ -31,7 +31,7 @@ def check_columns(columns: str) -> str:
 
 
 def check_format(template: str | None, columns: Sequence[str]) -> None:
-    """Refuse several columns without a format string, and a format string with names that are no columns.
+    """Refuse several columns without a format string, and one that names none, or what is no column.
 
     Raises:
         ProblemAt: At FORMAT_STRING.
@@ -39,7 +39,13 @@ def check_format(template: str | None, columns: Sequence[str]) -> None:
     if len(columns) > 1 and not template:
         example = " ".join("{" + column + "}" for column in columns)
         raise ProblemAt("FORMAT_STRING", f'several text columns need a format string, e.g. "{example}"', template)
-    for name in format_fields(template or ""):
+    names = format_fields(template or "")
+    if template and not names:
+        example = "{" + columns[0] + "}"
+        raise ProblemAt(
+            "FORMAT_STRING", f"it names no column, so every row would be the same; write {example}", template
+        )
+    for name in names:
         if name not in columns:
             raise ProblemAt("FORMAT_STRING", f"{{{name}}} is not among TEXT_COLUMN ({', '.join(columns)})", template)
 

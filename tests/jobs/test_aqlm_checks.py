@@ -20,6 +20,8 @@ def model(tmp_path_factory):
 
 
 def check(home, *model, **changes):
+    if model:  # of few positions, too few for the guides' windows
+        changes.setdefault("EVALUATION", {"ENABLED": False})
     return check_job(parse_yaml(aqlm_text("job", *model, **changes)).config, home)
 
 
