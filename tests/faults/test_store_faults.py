@@ -125,7 +125,7 @@ def test_eight_processes_start_a_thousand_jobs_once_each_in_order(home):
         for number in range(1, jobs):
             uid = f"{int(first.uid[:12], 16) + number:012x}{number:010x}"
             more = {"uid": uid, "job_id": f"j{number}", "folder": f"f{number}", "priority": number % 3}
-            db.insert("jobs", {**row, "progress": "{}", "stalled": 0, **more})
+            db.insert("jobs", {**row, "progress": "{}", "stalled": 0, "tags": "", **more})
             at = first.created_at
             db.insert("job_events", {"uid": uid, "attempt": 1, "to_state": "queued", "actor": "user", "at": at})
     claimers = [python(CLAIMER, home.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(8)]
