@@ -60,6 +60,7 @@ def usage_chart(samples: Sequence[Sample], algorithm: str) -> go.Figure:
         yaxis2={"domain": LOWER, "title": {"text": "cores", "standoff": 8}, "rangemode": "tozero", "nticks": 4},
         showlegend=any(one.gpus for one in shown),
         hoversubplots="axis",
+        uirevision=unit,  # a zoom into seconds means nothing once minutes are drawn
         shapes=_bands(x, names),
         annotations=_band_names(x, names),
     )

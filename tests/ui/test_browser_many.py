@@ -15,6 +15,7 @@ import pytest
 
 from backend.jobs import control, labels
 from backend.jobs.store import Job, JobStore
+from backend.jobs.usage import USAGE_FILE, Sample, UsageFile
 from backend.paths import Home
 from backend.process import hold_lock
 from backend.schema import parse_yaml
@@ -48,7 +49,9 @@ class FakeRunner(threading.Thread):
             assert held
             self.store.grant(self.job.uid, 1, ["cpu:0"])
             self.store.move(self.job.uid, "running", actor="runner", attempt=1)
+            usage = UsageFile(self.home.run_dir(self.job.uid) / USAGE_FILE)
             while not self.ending.wait(0.2):
+                usage.add(Sample(1, self.written / 5, 0.2, "quantize", "", 10**9, 1.5))
                 for _ in range(20_000 if self.burst.is_set() else 1):
                     file.write(f"line {self.written} of the log {EVIL}\n")
                     self.written += 1
@@ -207,6 +210,14 @@ def test_a_running_job_and_its_log(address, runner, watched):
     wait_until(page, "document.querySelector('#log [data-lines]').textContent.includes('line 20 ')")
     lines = shown_lines(page)
     assert lines == list(range(len(lines)))
+
+    # Its memory is drawn and told. The chart grows as it stands there: somebody may have zoomed into it.
+    sees(page, "#usage-words", "Now 1.00 GB, 1.5 cores. At most 1.00 GB of memory")
+    wait_until(page, "document.querySelector('#usage .js-plotly-plot')?.data")
+    zoomed = "window.chart = document.querySelector('#usage .js-plotly-plot'); window.points = chart.data[0].x.length;"
+    page.evaluate(f"() => {{ {zoomed} return Plotly.relayout(chart, {{'xaxis.range': [1, 3]}}) }}")
+    wait_until(page, "window.chart.data[0].x.length > window.points")
+    assert page.evaluate("window.chart.isConnected && window.chart.layout.xaxis.range.join()") == "1,3"
 
     # Paused, nothing moves under the reader; followed again, nothing is missing.
     page.locator("#log [data-follow]").click()

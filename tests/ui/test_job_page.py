@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import sqlite3
 from types import SimpleNamespace
 
@@ -33,11 +35,12 @@ PARTS = (
     "made",
     "history",
     "tradeoff",
-    "scatter",
-    "curve",
-    "chart",
+    "sizes",
+    "tuning",
+    "layers",
     "usage",
     "words",
+    "live",
 )
 
 
@@ -70,9 +73,19 @@ def sent(part):
     return not (isinstance(part, dict) and "value" not in part)
 
 
+def figure(shown, chart):
+    """What a chart is drawn from: its first value, or what is carried into the chart that is there."""
+    if isinstance(shown[chart], gr.Plot):
+        return json.loads(shown[chart].value["plot"])
+    found = (
+        re.search(f'data-chart="{chart}" data-figure="([^"]*)"', shown["live"].value) if sent(shown["live"]) else None
+    )
+    return json.loads(html.unescape(found[1])) if found else None
+
+
 def memory_drawn(shown):
     """The values of the line of memory."""
-    return json.loads(shown["usage"].value["plot"])["data"][0]["y"]
+    return figure(shown, "usage")["data"][0]["y"]
 
 
 def start(home, job):
@@ -140,21 +153,23 @@ def test_layer_errors_are_read_when_they_have_changed(home, job, page):
     line = {"stage": "quantize", "layer": "model.layers.0", "error": 0.01, "rtn_error": 0.02}
     file.write_text(json.dumps(line) + "\n")
     first = page.show({"uid": job.uid})
-    assert sent(first["chart"])
-    assert not sent(page.show(first["seen"])["chart"])
+    assert sent(first["layers"])
+    assert not sent(page.show(first["seen"])["layers"])
     with open(file, "a") as more:
         more.write(json.dumps({**line, "layer": "model.layers.1"}) + "\n")
-    assert sent(page.show(first["seen"])["chart"])
+    second = page.show(first["seen"])
+    assert not sent(second["layers"]) and list(figure(second, "layers")["data"][0]["x"]) == [0, 1]  # into what is there
 
 
 def test_layers_have_their_place_before_the_first_is_done(home, job, page):
-    assert not sent(page.show({"uid": job.uid})["chart"])
+    assert not sent(page.show({"uid": job.uid})["layers"])
     store = start(home, job)
     first = page.show({"uid": job.uid})
-    assert first["chart"].visible and "from the first one on" in first["chart"].value["plot"]
-    assert not sent(page.show(first["seen"])["chart"])
+    assert first["layers"].visible and "from the first one on" in first["layers"].value["plot"]
+    assert not sent(page.show(first["seen"])["layers"])
     store.move(job.uid, "failed", actor="runner", attempt=1, reason="no such model")
-    assert page.show(first["seen"])["chart"].visible is False
+    over = page.show(first["seen"])
+    assert over["layers"].visible is False and "layers" not in over["seen"]["drawn"]
 
 
 def test_a_tuning_curve_appears_with_its_first_step(home, job, page):
@@ -162,10 +177,10 @@ def test_a_tuning_curve_appears_with_its_first_step(home, job, page):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"stage": "tune", "step": 0, "message": "loading"}) + "\n")
     first = page.show({"uid": job.uid})
-    assert not sent(first["curve"])
+    assert not sent(first["tuning"])
     with open(file, "a") as more:
         more.write(json.dumps({"stage": "tune", "step": 1, "loss": 0.02, "validation": None}) + "\n")
-    assert sent(page.show(first["seen"])["curve"])
+    assert sent(page.show(first["seen"])["tuning"])
 
 
 def test_what_a_job_takes_is_drawn_while_it_runs_and_afterwards(home, job, page):
@@ -179,16 +194,20 @@ def test_what_a_job_takes_is_drawn_while_it_runs_and_afterwards(home, job, page)
     first = page.show({"uid": job.uid})
     assert memory_drawn(first) == [1.0, 2.0, 3.0]
     assert "Now 3.00 GB, 1.5 cores. At most 3.00 GB of memory" in first["words"].value
-    assert not sent(page.show(first["seen"])["usage"])
+    assert figure(page.show(first["seen"]), "usage") is None
     file.add(Sample(1, 4.0, 1.0, "quantize", "", 10**9, 1.5))
     os.utime(path, (1000.5, 1000.5))
-    assert not sent(page.show(first["seen"])["usage"])  # too soon to be seen
+    assert figure(page.show(first["seen"]), "usage") is None  # too soon to be seen
     os.utime(path, (1001.5, 1001.5))
     second = page.show(first["seen"])
     assert len(memory_drawn(second)) == 4 and "Now 1.00 GB" in second["words"].value
     store.move(job.uid, "succeeded", actor="runner", attempt=1)
     last = page.show(second["seen"])
-    assert sent(last["usage"]) and last["words"].value.count("Now") == 0 and "At most 3.00 GB" in last["words"].value
+    assert (
+        len(memory_drawn(last)) == 4
+        and last["words"].value.count("Now") == 0
+        and "At most 3.00 GB" in last["words"].value
+    )
 
 
 @pytest.mark.parametrize("uid", ["", "no-such", "../../etc/passwd", "' OR 1=1 --", "\ud800", "x" * 100_000])

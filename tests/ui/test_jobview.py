@@ -15,12 +15,13 @@ from backend.jobs.store import Job, JobStore
 from backend.schema import parse_yaml
 from ui import jobview, layout, madeview, resultview
 from ui.draft import TEMPLATE
+from ui.jobcharts import size_points
 from ui.jobslist import Listing, View
 from ui.jobstable import filters_html, table_html, title_html
 from ui.pages.chat import head_html as head_of_pane
 from ui.pages.chat import models_to_choose
 from ui.pages.compare import Measured, chart_note, delta_table, figure_for, measurements, protocols_of, rows_for
-from ui.pages.job import head_html, result_html, size_points
+from ui.pages.job import head_html, result_html
 from ui.reading import store_notice
 from ui.yamlview import yaml_html
 

@@ -6,38 +6,29 @@ the store cannot be read the page says so, keeps what it shows and goes on askin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from backend.errors import JobError, QuantdeckError
-from backend.evaluate.combined import short_name
-from backend.jobs import control, curves
 from backend.jobs.results import measured, results_of
 from backend.jobs.store import Job, JobStore
-from backend.jobs.usage import USAGE_FILE
 from backend.paths import Home
-from ui.charts import cost_against_divergence, layer_errors, size_against, tuning_curve
+from ui.jobcharts import CHARTS, Seen, chart_updates
 from ui.jobview import actions, badges, history_table, overview, stage_list
 from ui.labelsview import add_labels
 from ui.layout import ACTION_JS, KEEP_OPEN_JS, card, empty, esc, link, notice, page
+from ui.liveplot import LIVE_PLOT_JS
 from ui.loadways import tasks_of
 from ui.logview import LOG_JS, frame_html, functions
 from ui.madeview import made, notes
 from ui.pages.jobs import act_on, actor_of, digest
-from ui.pareto import tradeoff
 from ui.reading import asked, briefly, find, store_notice
 from ui.resultview import combined_html, result_table
 from ui.tensorrtview import tensorrt
-from ui.usageview import drawn, pace_s
 
 REFRESH_S = 1.0
 IDLE_REFRESH_S = 5.0
-
-Seen = dict[str, Any]  # what this page has shown: uid, digests of its parts, what its charts were drawn from
 
 
 def build(demo: gr.Blocks, home: Home) -> None:
@@ -54,12 +45,11 @@ def build(demo: gr.Blocks, home: Home) -> None:
                 stages = gr.HTML(elem_id="stages")
                 remarks = gr.HTML(visible=False, elem_id="notes")
             with gr.Column(scale=3, min_width=420):
-                best = gr.Plot(show_label=False, elem_id="tradeoff", elem_classes=["qd-plot"], visible=False)
-                scatter = gr.Plot(show_label=False, elem_id="sizes", elem_classes=["qd-plot"], visible=False)
-                curve = gr.Plot(show_label=False, elem_id="tuning", elem_classes=["qd-plot"], visible=False)
-                chart = gr.Plot(show_label=False, elem_id="layers", elem_classes=["qd-plot"], visible=False)
-                taken = gr.Plot(show_label=False, elem_id="usage", elem_classes=["qd-plot"], visible=False)
+                plots = [
+                    gr.Plot(show_label=False, elem_id=name, elem_classes=["qd-plot"], visible=False) for name in CHARTS
+                ]
                 words = gr.HTML(visible=False, elem_id="usage-words")
+                live = gr.HTML(js_on_load=LIVE_PLOT_JS, elem_id="live-charts")
         saved = gr.HTML(visible=False, elem_id="artefact", js_on_load=KEEP_OPEN_JS)
         add_labels(demo, home, seen)
         gr.HTML('<div class="qd-section"><h2>Log</h2></div>')
@@ -76,7 +66,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         "head": head, "facts": facts, "result": result, "ran": ran, "stages": stages, "notes": remarks, "made": saved,
         "history": history,
     }  # fmt: skip
-    outputs = [seen, timer, said, *parts.values(), best, scatter, curve, chart, taken, words]
+    outputs = [seen, timer, said, *parts.values(), *plots, words, live]
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
     def show(now: Seen) -> list[Any]:
@@ -87,7 +77,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
             with briefly():
                 job = find(home, str(now.get("uid") or ""))
                 events = JobStore(home).history(job.uid) if job else []
-                charts = _charts(home, job, now) if job else []
+                charts = chart_updates(home, job, now) if job else []
         except JobError as error:
             now["trouble"] = True
             now.pop("pace", None)
@@ -174,95 +164,3 @@ def _pace(now: Seen, job: Job) -> Any:
         return gr.skip()
     now["pace"] = pace
     return gr.Timer(pace)
-
-
-def _charts(home: Home, job: Job, now: Seen) -> list[Any]:
-    return [_tradeoff(job, now), _scatter(job, now), _curve(home, job, now), _chart(home, job, now),
-            *_usage(home, job, now)]  # fmt: skip
-
-
-def _usage(home: Home, job: Job, now: Seen) -> list[Any]:
-    """Chart and words of what the job takes; while it runs not more often than one can see."""
-    path = home.run_dir(job.uid) / USAGE_FILE
-    version, running = _version(path), job.state in ("running", "cancelling")
-    shown = now.get("usage")
-    fresh = running and shown and shown[1] and abs(version[1] - shown[0][1]) / 1e9 < pace_s(version[0])
-    if shown == [version, running] or fresh:
-        return [gr.skip(), gr.skip()]
-    now["usage"] = [version, running]
-    found = drawn(path, version, job.algorithm, running=running)
-    if found is None:
-        return [gr.skip(), gr.skip()]
-    return [gr.Plot(found[0], visible=True), gr.HTML(found[1], visible=True)]
-
-
-def _curve(home: Home, job: Job, now: Seen) -> Any:
-    version = _version(home.run_dir(job.uid) / "events.jsonl")
-    if version == now.get("curve"):
-        return gr.skip()
-    _, rows = _read(home, job.uid, version)
-    now["curve"] = version
-    return gr.Plot(tuning_curve(rows), visible=True) if rows else gr.skip()
-
-
-def _chart(home: Home, job: Job, now: Seen) -> Any:
-    labels = {entry["name"]: entry["label"] for entry in results_of(job.result)}
-    at_work = job.state in ("starting", "running", "cancelling")  # has a place for what is to come
-    state = [_version(home.run_dir(job.uid) / "events.jsonl"), labels, at_work]
-    if state == now.get("layers"):
-        return gr.skip()
-    rows, _ = _read(home, job.uid, state[0])
-    shown, now["layers"] = "layers" in now, state
-    return gr.Plot(layer_errors(rows, labels), visible=bool(rows or at_work)) if rows or at_work or shown else gr.skip()
-
-
-def _version(path: Path) -> tuple[int, int]:
-    """Size and time of a file; both 0 if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
-
-
-@lru_cache(maxsize=32)
-def _read(home: Home, uid: str, version: tuple[int, int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Layers and steps of tuning, read once for all visitors as long as the job's events are of that version."""
-    found, _ = control.events(home, uid)
-    return curves.layers(found), curves.steps(found)
-
-
-def _tradeoff(job: Job, now: Seen) -> Any:
-    found = tradeoff([(str(entry["name"]), entry["rows"]) for entry in measured(job.result)])
-    if found is None or found == now.get("tradeoff"):
-        return gr.skip()
-    now["tradeoff"] = found
-    return gr.Plot(cost_against_divergence(found), visible=True)
-
-
-def _scatter(job: Job, now: Seen) -> Any:
-    points = size_points(measured(job.result))
-    if points is None or points == now.get("points"):
-        return gr.skip()
-    now["points"] = points
-    return gr.Plot(size_against(*points), visible=True)
-
-
-def size_points(entries: Sequence[Mapping[str, Any]]) -> tuple[str, Any, Any] | None:
-    """What the chart of size against perplexity shows; None if there is nothing to choose between.
-
-    Returns:
-        Name of the perplexity, (MB, perplexity) of the baseline, (label, MB, perplexity) of each configuration.
-    """
-    points, heading, baseline = [], "", None
-    for entry in entries:
-        size = next((row for row in entry["rows"] if row["metric"] == "size"), None)
-        rows = [row for row in entry["rows"] if row["metric"] == "perplexity"]
-        score = next((row for row in rows if not heading or short_name(row) == heading), None)
-        if size is None or score is None:
-            continue
-        heading = heading or short_name(score)
-        scale = {"GB": 1e3, "MB": 1.0, "kB": 1e-3}.get(str(size["unit"]), 1e-6)
-        baseline = baseline or (size["baseline"] * scale, score["baseline"])
-        points.append((str(entry["name"]), size["quantized"] * scale, score["quantized"]))
-    return (heading, baseline, points) if len(points) > 1 else None
