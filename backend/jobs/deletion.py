@@ -198,8 +198,8 @@ def _check_unused(home: Home, store: JobStore, job: Job, used: Used) -> None:
     users = sorted({who for path, who in used if path.is_relative_to(models)})
     if users:
         raise JobError(
-            f"the files of job {job.job_id} are in use by {', '.join(users)}; unload the chat's models, or end that "
-            "program, and delete the job for good again"
+            f"the files of job {job.job_id} are in use by {', '.join(users)}; wait until it has read them, or end "
+            "that program, and delete the job for good again"
         )
     marks = ", ".join("?" * len(ACTIVE))
     inside = store.query(

@@ -200,7 +200,7 @@ def test_what_others_use_is_not_removed(home, store):
         [sys.executable, "-c", code, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as chat:
         assert chat.stdout.readline() == "mapped\n"
-        with pytest.raises(JobError, match=rf"in use by process {chat.pid} \(python.*unload"):
+        with pytest.raises(JobError, match=rf"in use by process {chat.pid} \(python.*end that program"):
             deletion.erase(home, job.uid)
         chat.stdin.close()
     assert left(home, job) == ALL
