@@ -59,6 +59,10 @@ def _add_jobs(add: Callable[[str, Handler, str], argparse.ArgumentParser]) -> No
         "preview", commands_text.preview_text, "show the calibration text of a YAML file as the model sees it"
     )
     preview.add_argument("config", help="the job's YAML file")
+    preview.add_argument(
+        "--text", choices=("calibration", "tuning"), default="calibration",
+        help="which text: calibration (default), or what AQLM tunes the whole model on",
+    )  # fmt: skip
     preview.add_argument("--rows", type=_count, default=5, metavar="N", help="rows to print, at most 50 (default: 5)")
     preview.add_argument("--online", action="store_true", help="fetch the first rows of a dataset of the Hub")
     jobs = add("jobs", commands_jobs.jobs, "list jobs, newest first")

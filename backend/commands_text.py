@@ -15,10 +15,10 @@ BINS = 10
 
 
 def preview_text(args: argparse.Namespace, home: Home) -> int:
-    """Print the first rows of a job file's calibration text, and how long rows are."""
-    config = preview_config(read_yaml(args.config))
+    """Print the first rows of a job file's calibration or tuning text, and how long rows are."""
+    config = preview_config(read_yaml(args.config), args.text)
     try:
-        found = preview(config, home, rows=args.rows, online=args.online)
+        found = preview(config, home, text=args.text, rows=args.rows, online=args.online)
     except NotDownloadedError as error:
         raise DataError(f"{error.message}; with --online its first rows are fetched from the Hub") from None
     print("\n".join(lines_of(found)))

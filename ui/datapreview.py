@@ -1,4 +1,4 @@
-"""The calibration text of a draft on the New job page: its first rows as the model sees them, and their lengths."""
+"""The texts of a draft on the New job page: their first rows as the model sees them, and how long rows are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from backend.errors import ConfigErrors, QuantdeckError
 from backend.paths import Home
+from backend.sources.calibration import Purpose
 from backend.sources.preview import NotDownloadedError, Preview, ShownRow, bins_of, preview, preview_config, summary
 from ui.charts import CLEAR, GREY, QUANTIZED
 from ui.draft import Draft, merge
@@ -33,24 +34,37 @@ NOT_HERE = (
 )
 
 
-class DataPreview:
-    """The folded part with its button; laid out where it is made."""
+TITLES: dict[Purpose, str] = {
+    "calibration": "Preview: what the model will read",
+    "tuning": "Preview: what tuning will read",
+}
 
-    def __init__(self) -> None:
-        with gr.Accordion("Preview: what the model will read", open=False, elem_id="data-preview"):
-            self._button = gr.Button("Preview", elem_id="preview-show", size="sm")
-            self._fetch = gr.Button("Fetch its first rows", elem_id="preview-fetch", size="sm", visible=False)
-            self._shown = gr.HTML(HINT, elem_id="preview-rows")
-            self._chart = gr.Plot(visible=False, show_label=False, elem_id="preview-lengths")
+
+class DataPreview:
+    """The folded part with its button; laid out where it is made.
+
+    Args:
+        text: Which text of the job it shows.
+    """
+
+    def __init__(self, text: Purpose = "calibration") -> None:
+        self._text = text
+        name = "preview" if text == "calibration" else f"{text}-preview"
+        whole = "data-preview" if text == "calibration" else name
+        with gr.Accordion(TITLES[text], open=False, elem_id=whole):
+            self._button = gr.Button("Preview", elem_id=f"{name}-show", size="sm")
+            self._fetch = gr.Button("Fetch its first rows", elem_id=f"{name}-fetch", size="sm", visible=False)
+            self._shown = gr.HTML(HINT, elem_id=f"{name}-rows")
+            self._chart = gr.Plot(visible=False, show_label=False, elem_id=f"{name}-lengths")
 
     def connect(self, home: Home, draft: gr.State, controls: Sequence[Any]) -> None:
         """Let the buttons show the text of the form as it is now."""
 
         def on_preview(now: Draft, *values: Any) -> list[Any]:
-            return answer(home, now, values, online=False)
+            return answer(home, now, values, self._text, online=False)
 
         def on_fetch(now: Draft, *values: Any) -> list[Any]:
-            return answer(home, now, values, online=True)
+            return answer(home, now, values, self._text, online=True)
 
         for button, handler in ((self._button, on_preview), (self._fetch, on_fetch)):
             button.click(
@@ -60,13 +74,16 @@ class DataPreview:
             )  # fmt: skip
 
 
-def answer(home: Home, draft: Draft, values: Sequence[Any], *, online: bool) -> list[Any]:
+def answer(
+    home: Home, draft: Draft, values: Sequence[Any], text: Purpose = "calibration", *, online: bool
+) -> list[Any]:
     """What the part shows: text, chart, and whether rows of a Hub dataset can be fetched."""
     try:
         document = merge(draft, values)
         if not any(document.values.get(key) for key in ("DATASET_NAME", "DATA_PATH")):
             return _said(notice("info", *NO_TEXT))
-        found = preview(preview_config(document), home, rows=ROWS, online=online, confined=True)
+        config = preview_config(document, text)
+        found = preview(config, home, text=text, rows=ROWS, online=online, confined=True)
     except NotDownloadedError:
         return _said(notice("info", *NOT_HERE), fetch=True)
     except ConfigErrors as error:

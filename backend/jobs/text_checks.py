@@ -61,11 +61,11 @@ def check_tuning(config: JobConfig, home: Home, model_dir: Path | None, confined
         joins = config.calibration.PACKING != "full"
         found = _count(source, config, model_dir, cut, joins=joins, wanted=wanted)
     except ConfigErrors as error:
-        raise ConfigErrors([_at_tuning(e, config) for e in error.errors]) from None
+        raise ConfigErrors([at_tuning(e, config) for e in error.errors]) from None
     except DataError as error:
         named, _, rest = error.message.partition(": ")
         plain = ConfigError(rest if named.isupper() else error.message, key=named if named.isupper() else "DATA_PATH")
-        raise ConfigErrors([_at_tuning(plain, config)]) from None
+        raise ConfigErrors([at_tuning(plain, config)]) from None
     if found is None:
         return
     held = held_out(config, found)
@@ -73,7 +73,7 @@ def check_tuning(config: JobConfig, home: Home, model_dir: Path | None, confined
     notes.append(f"Tuning reads {found - held} sequences of {length} tokens, {held} more decide which step is kept.")
 
 
-def _at_tuning(error: ConfigError, config: JobConfig) -> ConfigError:
+def at_tuning(error: ConfigError, config: JobConfig) -> ConfigError:
     """A problem of the tuning text at its full key; of the job's own text it is told there already."""
     settings = config.algorithm_settings
     own = isinstance(settings, AQLMSettings) and settings.FINETUNE_DATA.is_own

@@ -20,6 +20,12 @@ Encoder = Callable[[Sequence[Any]], list[list[int]]]
 """From a batch of rows (texts, or conversations) to the token ids of each, with the model's own special tokens."""
 
 BATCH = 64
+Purpose = Literal["calibration", "tuning"]
+SIZE_KEYS: dict[Purpose, tuple[str, str]] = {
+    "calibration": ("CALIBRATION.SAMPLES", "CALIBRATION.SEQUENCE_LENGTH"),
+    "tuning": ("llm.AQLM.FINETUNE_DATA.SAMPLES", "llm.AQLM.finetune_config.model_seqlen"),
+}
+"""What a text is for -> keys of the number and the length of its sequences."""
 
 
 def token_sequences(
@@ -31,8 +37,9 @@ def token_sequences(
     shuffle: bool,
     seed: int,
     packing: Literal["join", "sample", "full"] = "join",
+    text: Purpose = "calibration",
 ) -> list[list[int]]:
-    """Cut text into calibration sequences.
+    """Cut text into sequences.
 
     Args:
         rows: One text or conversation per row.
@@ -42,6 +49,7 @@ def token_sequences(
         shuffle: Draw the rows in random order.
         seed: Fixes that order.
         packing: `join`, `sample` or `full`.
+        text: What it is for, for errors.
 
     Returns:
         At least one sequence of exactly (`sample`: at most) `length` token ids.
@@ -49,6 +57,7 @@ def token_sequences(
     Raises:
         DataError: If there is no text, or less than one sequence; `full`: if fewer than `samples` rows are so long.
     """
+    samples_key, length_key = SIZE_KEYS[text]
     ids: list[int] = []
     sequences: list[list[int]] = []
     found = used = 0
@@ -75,20 +84,19 @@ def token_sequences(
     flush()
     if packing == "full" and used and len(sequences) < samples:
         raise DataError(
-            f"{len(sequences)} of {used} rows of the calibration text have {length} tokens or more, and {samples} "
+            f"{len(sequences)} of {used} rows of the {text} text have {length} tokens or more, and {samples} "
             "sequences are wanted. Set CALIBRATION.PACKING to join, which lets short rows follow one another, or a "
-            "smaller CALIBRATION.SEQUENCE_LENGTH or SAMPLES"
+            f"smaller {length_key} or {samples_key}"
         )
     if not used or (packing == "sample" and not sequences):
-        raise DataError(
-            f"the calibration text has {found} rows and all are empty; choose another TEXT_COLUMN or dataset"
-        )
+        raise DataError(f"the {text} text has {found} rows and all are empty; choose another TEXT_COLUMN or dataset")
     if packing != "join":
         return sequences[:samples]
     if len(ids) < length:
         raise DataError(
-            f"the calibration text has {len(ids)} tokens in {used} rows; one sequence needs {length}. "
-            "Give more text, set a smaller CALIBRATION.SEQUENCE_LENGTH, or set CALIBRATION.PACKING to sample"
+            f"the {text} text has {len(ids)} tokens in {used} rows; one sequence needs {length}. "
+            f"Give more text, or set a smaller {length_key}"
+            + (", or set CALIBRATION.PACKING to sample" if text == "calibration" else "")
         )
     count = min(samples, len(ids) // length)
     return [ids[i * length : (i + 1) * length] for i in range(count)]

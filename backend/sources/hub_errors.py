@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from backend.errors import ModelError, QuantdeckError
+from backend.errors import DataError, ModelError, QuantdeckError
+from backend.schema import DEMO
 
 TOKEN_ADVICE = "enter a token on the page New job, or with `python -m backend token set`"
 WORKS_OFFLINE = "The built-in model, local folders and models in the cache need no network"
@@ -60,6 +61,46 @@ def hub_error(error: BaseException, name: str = "", revision: str | None = None)
     lines = [str(one).strip().partition("\n")[0] for one in reversed(chain)]
     reason = next(filter(None, lines), type(error).__name__)
     return HubUnreachable(f"MODEL: {what}: the Hub cannot be reached ({reason}); check the network. {WORKS_OFFLINE}")
+
+
+def dataset_error(error: BaseException, name: str) -> DataError | None:
+    """The same for a dataset; None for what is not about the Hub, e.g. a split that does not exist.
+
+    Args:
+        error: What `datasets` raised: its own errors hide those of huggingface_hub.
+        name: The dataset that was asked for.
+    """
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import errors
+
+    chain = list(_causes(error))
+    instead = f"DATA_PATH and '{DEMO}', the built-in text, need no network"
+    status = next((code for one in chain if (code := _status(one))), 0)
+    if any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain):
+        told = f"{name} is not on this machine, and the Hub is not asked, since HF_HUB_OFFLINE is set. {instead}"
+    elif any(isinstance(one, errors.GatedRepoError) or "is a gated dataset" in str(one) for one in chain):
+        told = f"{name} is gated: accept its conditions on its Hub page, then {TOKEN_ADVICE}"
+    elif any(isinstance(one, (errors.RepositoryNotFoundError, DatasetNotFoundError)) for one in chain):
+        told = f"the Hub has no dataset {name}, or it is private; check the name, or {TOKEN_ADVICE}"
+    elif status == 401:
+        told = f"{name}: the Hub does not accept the token; {TOKEN_ADVICE}"
+    elif status == 403:
+        told = f"{name}: the Hub forbids access (403); the token may lack the right to read it"
+    elif status == 429:
+        told = f"{name}: the Hub is busy (429, too many requests); try again in a minute"
+    elif status >= 500:
+        told = f"{name}: the Hub is ill (it answers {status}); try again later. {instead}"
+    elif reason := next((str(one).strip().partition("\n")[0] for one in chain if _is_network(one)), ""):
+        told = f"{name}: the connection to the Hub broke off ({reason}); check the network. {instead}"
+    else:
+        return None
+    return DataError(f"DATASET_NAME: {told}")
+
+
+def _is_network(error: BaseException) -> bool:
+    import httpx
+
+    return isinstance(error, (httpx.TransportError, ConnectionError, TimeoutError))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -1,4 +1,4 @@
-"""A look at a job's calibration text before the job starts: its first rows as the model will see them.
+"""A look at a text of a job before the job starts: its first rows as the model will see them.
 
 The text is read by a program of its own (`preview_rows`) with limits of time, memory and rows. Imports no torch.
 """
@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,12 +21,17 @@ from typing import Any
 from backend.engines.environments import own_variables
 from backend.errors import ConfigErrors, DataError, QuantdeckError
 from backend.formats import remote_code
+from backend.jobs.redact import redact
+from backend.jobs.text_checks import at_tuning
 from backend.paths import PROJECT, Home
 from backend.process import PARENT_VARIABLE, QUIET_THREADS
 from backend.schema import Document, JobConfig, new_document
+from backend.sources import hub_token
+from backend.sources.calibration import Purpose
 from backend.sources.models import resolve_model
-from backend.sources.plan import calibration_source
+from backend.sources.plan import calibration_source, tuning_source
 from backend.sources.texts import TextSource
+from backend.sources.tuning import held_out, tuning_size
 
 MOST_SHOWN = 50
 SECONDS = 20.0  # for reading; the program's start and a template come on top
@@ -39,6 +44,15 @@ OWN_KEYS = (
     "FORMAT_STRING", "USER_FOLDER", "CACHE_PATH", "CALIBRATION",
 )  # fmt: skip
 """What a preview reads of a job file: nothing else in it can be in its way."""
+SIZES: dict[str, dict[str, tuple[str, ...]]] = {
+    "AQLM": {
+        "calibration_config": ("nsamples", "model_seqlen", "seed", "val_size"),
+        "finetune_config": ("model_seqlen", "max_epochs", "batch_size", "microbatch_size"),
+        "FINETUNE_DATA": (),
+    },
+    "TensorRTLLM": {"calib_size": (), "max_seq_length": ()},
+}
+"""Keys of algorithms' own sections that say which text is read, and how much."""
 
 log = logging.getLogger("quantdeck.preview")
 
@@ -127,22 +141,56 @@ def bins_of(lengths: Sequence[int], most: int) -> list[tuple[int, int, int]]:
     return [(low + i * width, low + (i + 1) * width - 1, n) for i, n in enumerate(counts)]
 
 
-def preview_config(document: Document) -> JobConfig:
-    """The settings of a job file that its calibration text depends on, whatever is wrong with the others.
+def preview_config(document: Document, text: Purpose = "calibration") -> JobConfig:
+    """The settings of a job file that a text depends on, whatever is wrong with the others.
+
+    Args:
+        document: The job file.
+        text: Which one. For `tuning` the algorithm is AQLM, whatever the file says.
 
     Raises:
         ConfigErrors: If one of them is wrong.
     """
     values = {key: value for key, value in document.values.items() if key in OWN_KEYS}
-    return new_document({"MODEL": "none", **values, "ALGORITHM": "Native", "JOB_ID": "preview"}).config
+    values = {"MODEL": "none", **values, "JOB_ID": "preview"}
+    algorithm = "AQLM" if text == "tuning" else document.values.get("ALGORITHM")
+    section = (document.values.get("llm") or {}).get(algorithm) if isinstance(algorithm, str) else None
+    sized = {**values, "ALGORITHM": algorithm, "llm": {algorithm: _sizes(algorithm, section)}}
+    if text == "tuning":
+        return new_document(sized).config
+    try:  # some algorithms have keys of their own for how much text is read
+        return new_document(sized if algorithm in SIZES else {**values, "ALGORITHM": "Native"}).config
+    except ConfigErrors:
+        return new_document({**values, "ALGORITHM": "Native"}).config
 
 
-def preview(config: JobConfig, home: Home, *, rows: int = 5, online: bool = False, confined: bool = False) -> Preview:
-    """Look at the calibration text of a job.
+def _sizes(algorithm: Any, section: Any) -> dict[str, Any]:
+    """The part of an algorithm's section that says which text is read, and how much."""
+    found: dict[str, Any] = {}
+    for key, inner in SIZES.get(algorithm, {}).items() if isinstance(section, Mapping) else ():
+        value = section.get(key)
+        if isinstance(value, Mapping):
+            found[key] = {k: v for k, v in value.items() if not inner or k in inner}
+        elif value is not None:
+            found[key] = value
+    return found
+
+
+def preview(
+    config: JobConfig,
+    home: Home,
+    *,
+    text: Purpose = "calibration",
+    rows: int = 5,
+    online: bool = False,
+    confined: bool = False,
+) -> Preview:
+    """Look at the calibration text of a job, or at the text that AQLM tunes on.
 
     Args:
-        config: The job, of which only the model, the text and CALIBRATION are read.
+        config: The job, of which only the model, the text and how much of it is read count.
         home: Its home.
+        text: Which one.
         rows: Rows to show, at most `MOST_SHOWN`.
         online: Whether the first rows of a Hub dataset may be fetched if it is not on this machine.
         confined: True for requests of the web page.
@@ -150,9 +198,10 @@ def preview(config: JobConfig, home: Home, *, rows: int = 5, online: bool = Fals
     Raises:
         ConfigErrors: If a path does not exist or may not be read.
         NotDownloadedError: If it is a Hub dataset that is not on this machine, unless `online`.
-        DataError: If no row can be read; the message says why.
+        DataError: If no row can be read, or the job reads none; the message says why.
     """
-    source = calibration_source(config, home, confined=confined)
+    source = _source(config, home, text, confined)
+    size = tuning_size(config) if text == "tuning" else None
     cache = home.cache_dir(config) / "datasets"
     model_dir, note = _model_dir(config, home, confined)
     request = {
@@ -160,9 +209,10 @@ def preview(config: JobConfig, home: Home, *, rows: int = 5, online: bool = Fals
         "model_dir": str(model_dir) if model_dir else None,
         "cache_dir": str(cache),
         "rows": max(1, min(rows, MOST_SHOWN)),
-        "samples": config.calibration.SAMPLES,
-        "length": config.calibration.SEQUENCE_LENGTH,
-        "packing": config.calibration.PACKING,
+        "text": text,
+        "samples": size.samples if size else config.calibration.SAMPLES,
+        "length": size.length if size else config.calibration.SEQUENCE_LENGTH,
+        "packing": size.packing if size else config.calibration.PACKING,
         "shuffle": config.calibration.SHUFFLE,
         "seed": config.calibration.SEED,
         "mode": config.calibration.CHAT_TEMPLATE,
@@ -170,19 +220,44 @@ def preview(config: JobConfig, home: Home, *, rows: int = 5, online: bool = Fals
         "memory": MEMORY_BYTES,
         "online": False,
     }
-    found = _read(source, request, cache, online=online)
-    return replace(found, notes=(*found.notes, note)) if note else found
+    found = _read(source, request, cache, home, online=online)
+    found = replace(found, notes=(*found.notes, note)) if note else found
+    return _divided(config, found) if size and found.sequences else found
 
 
-def _read(source: TextSource, request: dict[str, Any], cache: Path, *, online: bool) -> Preview:
+def _source(config: JobConfig, home: Home, text: Purpose, confined: bool) -> TextSource:
+    if text == "calibration":
+        return calibration_source(config, home, confined=confined)
+    try:
+        source = tuning_source(config, home, confined=confined)
+    except ConfigErrors as error:
+        raise ConfigErrors([at_tuning(one, config) for one in error.errors]) from None
+    if source is None:
+        raise DataError(
+            "this job does not tune its model, so no tuning text is read; set finetune_config.max_epochs to 1 or more"
+        )
+    return source
+
+
+def _divided(config: JobConfig, found: Preview) -> Preview:
+    """A tuning text with how its sequences are divided, or why they cannot be."""
+    try:
+        held = held_out(config, found.sequences or 0)
+    except ConfigErrors as error:
+        return replace(found, warnings=(*found.warnings, *(one.message for one in error.errors)))
+    told = f"{(found.sequences or 0) - held:,} sequences are learned from; the last {held:,} decide which step is kept."
+    return replace(found, notes=(told, *found.notes))
+
+
+def _read(source: TextSource, request: dict[str, Any], cache: Path, home: Home, *, online: bool) -> Preview:
     if source.is_local:
-        return _ask(request, offline=True)
+        return _ask(request)
     if cache.is_dir():
         with suppress(DataError):  # not among the downloads, or not this split of it
-            return _ask(request, offline=True)
+            return _ask(request)
     if not online:
         raise NotDownloadedError(f"{source.label} is not on this machine yet")
-    return _ask({**request, "online": True, "seconds": ONLINE_SECONDS}, offline=False)
+    return _ask({**request, "online": True, "seconds": ONLINE_SECONDS}, home)
 
 
 def _model_dir(config: JobConfig, home: Home, confined: bool) -> tuple[Path | None, str]:
@@ -205,8 +280,12 @@ def _model_dir(config: JobConfig, home: Home, confined: bool) -> tuple[Path | No
     return folder, f"Lengths are in characters, not tokens: {reason}."
 
 
-def _ask(request: dict[str, Any], *, offline: bool) -> Preview:
+def _ask(request: dict[str, Any], home: Home | None = None) -> Preview:
     """Run the reading program, for a limited time.
+
+    Args:
+        request: As `preview_rows` takes it.
+        home: Whose token for the Hub it may use; None if it may not ask the Hub.
 
     Raises:
         DataError: With what it says is wrong, or how it ended.
@@ -214,7 +293,7 @@ def _ask(request: dict[str, Any], *, offline: bool) -> Preview:
     command = [sys.executable, "-m", "backend.sources.preview_rows"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=PROJECT,
-        env=_environment(offline), start_new_session=True,
+        env=_environment(home), start_new_session=True,
     )  # fmt: skip
     limit = request["seconds"] + MARGIN_SECONDS
     try:
@@ -229,13 +308,14 @@ def _ask(request: dict[str, Any], *, offline: bool) -> Preview:
     try:
         found = json.loads(answer)
     except ValueError:
-        log.warning("a preview ended with %s: %s", process.returncode, errors.decode(errors="replace")[-2000:])
+        said = redact(errors.decode(errors="replace")[-2000:])
+        log.warning("a preview ended with %s: %s", process.returncode, said)
         raise DataError(
             f"the program that reads the text ended with code {process.returncode}; the text may be damaged, or need "
             "more memory than a preview may use"
         ) from None
     if "error" in found:
-        raise DataError(found["error"])
+        raise DataError(redact(found["error"]))
     shown = tuple(
         ShownRow(**{**row, "pieces": tuple((text, special) for text, special in row["pieces"])})
         for row in found["rows"]
@@ -243,12 +323,14 @@ def _ask(request: dict[str, Any], *, offline: bool) -> Preview:
     return Preview(**{**found, "rows": shown, **{k: tuple(found[k]) for k in ("lengths", "warnings", "notes")}})
 
 
-def _environment(offline: bool) -> dict[str, str]:
+def _environment(home: Home | None) -> dict[str, str]:
     """What the program sees of our environment; the token for the Hub only where it may go there."""
+    online = home is not None
     return {
-        **remote_code.environment(own_variables(hub_token=not offline), None),
+        **remote_code.environment(own_variables(hub_token=online), None),
+        **(hub_token.variables(hub_token.token_file(home)) if home is not None else {}),
         **QUIET_THREADS,
-        **({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if offline else {}),
+        **({} if online else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}),
         PARENT_VARIABLE: str(os.getpid()),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

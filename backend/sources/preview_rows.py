@@ -199,7 +199,8 @@ def preview_rows(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request: `source` (fields of a `TextSource`), `online` (whether a Hub dataset may be fetched), `model_dir` or
-            None, `cache_dir`, `samples`, `length`, `packing`, `shuffle`, `seed`, `mode`, `rows` (to show), `seconds`.
+            None, `cache_dir`, `samples`, `length`, `packing`, `shuffle`, `seed`, `mode`, `rows` (to show), `seconds`,
+            `text` (`calibration` or `tuning`).
 
     Returns:
         The fields of `backend.sources.preview.Preview`.
@@ -247,6 +248,7 @@ def _rows(
     """The rows in the job's order as far as that can be had, and what bounds them."""
     cache = Path(request["cache_dir"])
     if not source.is_local and request["online"]:
+        _give_up_soon()
         if request["shuffle"]:
             notes.append("These are the first rows; the job itself draws them in random order.")
         bounded = Bounded(stream_calibration_rows(source, cache), until)
@@ -262,6 +264,15 @@ def _rows(
     return shuffled(bounded, request["seed"]), bounded
 
 
+def _give_up_soon() -> None:
+    """A preview tries a second time where a job would wait for minutes until the network is back."""
+    from datasets import config
+
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
+    config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = 1
+    config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 2
+
+
 def _read(reader: Reader, rows: Iterable[CalibrationRow], request: dict[str, Any]) -> tuple[int | None, str]:
     """How many sequences the rows make (None: cannot be told), and what a job would refuse."""
     counted = reader.count(rows)
@@ -273,7 +284,7 @@ def _read(reader: Reader, rows: Iterable[CalibrationRow], request: dict[str, Any
     try:
         made = token_sequences(
             counted, reader.encode, samples=request["samples"], length=request["length"], shuffle=False, seed=0,
-            packing=request["packing"],
+            packing=request["packing"], text=request["text"],
         )  # fmt: skip
     except DataError as error:
         if not reader.read or reader.read == reader.empty or not reader.lengths:

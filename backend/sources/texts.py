@@ -16,6 +16,7 @@ from typing import Any
 from backend.demo import TEXT_FILES
 from backend.errors import DataError
 from backend.schema import DEMO
+from backend.sources.hub_errors import dataset_error
 from backend.sources.messages import CalibrationRow, is_messages, plain_text
 
 FILE_KINDS = (".jsonl", ".csv", ".parquet", ".txt")
@@ -219,6 +220,7 @@ def _saved_folder(path: Path, split: str) -> Iterable[dict[str, Any]]:
 
 def _hub(source: TextSource, cache_dir: Path | None, *, stream: bool = False) -> Iterable[dict[str, Any]]:
     import datasets
+    import httpx
 
     cache = str(cache_dir) if cache_dir else None
     try:
@@ -228,19 +230,23 @@ def _hub(source: TextSource, cache_dir: Path | None, *, stream: bool = False) ->
             source.name, name=source.subset, split=source.split, cache_dir=cache, streaming=True
         )
         return _reached(source, data)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         raise _not_loaded(source, error) from None
 
 
 def _reached(source: TextSource, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows that come over the network one by one, with what goes wrong on the way said in words."""
+    import httpx
+
     try:
         yield from rows
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         raise _not_loaded(source, error) from None
 
 
 def _not_loaded(source: TextSource, error: Exception) -> DataError:
+    if (told := dataset_error(error, str(source.name))) is not None:
+        return told
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return DataError(
         f"DATASET_NAME: {source.label} cannot be loaded: {reason}. Check the name, subset and split, and the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,17 +30,34 @@ def tuning_sequences(config: JobConfig, rows: Iterable[Any], encode: Encoder) ->
     Raises:
         DataError: If there is not one, or (PACKING full) not enough.
     """
-    settings, calibration = _settings(config), config.calibration
-    packing: Literal["join", "full"] = "full" if calibration.PACKING == "full" else "join"
+    size, calibration = tuning_size(config), config.calibration
     return token_sequences(
         rows,
         encode,
-        samples=settings.FINETUNE_DATA.SAMPLES or calibration.SAMPLES,
-        length=settings.finetune_config.model_seqlen,
+        samples=size.samples,
+        length=size.length,
         shuffle=calibration.SHUFFLE,
         seed=calibration.SEED,
-        packing=packing,
+        packing=size.packing,
+        text="tuning",
     )
+
+
+@dataclass(frozen=True)
+class TuningSize:
+    """How much of the tuning text is read, and how its rows become sequences."""
+
+    samples: int
+    length: int
+    packing: Literal["join", "full"]
+
+
+def tuning_size(config: JobConfig) -> TuningSize:
+    """What the job asks for: a number of its own, else that of calibration; rows are joined unless each must do."""
+    settings, calibration = _settings(config), config.calibration
+    samples = settings.FINETUNE_DATA.SAMPLES or calibration.SAMPLES
+    packing: Literal["join", "full"] = "full" if calibration.PACKING == "full" else "join"
+    return TuningSize(samples, settings.finetune_config.model_seqlen, packing)
 
 
 def held_out(config: JobConfig, sequences: int) -> int:

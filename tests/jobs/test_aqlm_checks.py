@@ -107,7 +107,7 @@ def test_rows_of_full_length_are_asked_for_or_joined_never_searched_without_end(
     check(home, DATA_PATH=str(path), calibration_config=calibration, FINETUNE_DATA={"SAMPLES": 6},
           CALIBRATION={"PACKING": "full"})  # fmt: skip
     found = problems(home, DATA_PATH=str(path), CALIBRATION={"PACKING": "full"})
-    assert "6 of 60 rows of the calibration text have 32 tokens or more, and 12 sequences" in found["DATA_PATH"]
+    assert "6 of 60 rows of the tuning text have 32 tokens or more, and 12 sequences" in found["DATA_PATH"]
     check(home, DATA_PATH=str(path))
 
 

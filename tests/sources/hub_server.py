@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = ("main", "v1.0", COMMIT)
+WEIGHTS_OR_DATA = (".safetensors", ".parquet", ".jsonl")
 
 
 @contextmanager
@@ -24,6 +26,7 @@ def hub_server(
     faults: list[str] | None = None,
     token: str | None = None,
     about: Mapping[str, Mapping[str, Any]] | None = None,
+    datasets: Mapping[str, Path] | None = None,
 ) -> Iterator[tuple[str, list[str]]]:
     """Serve folders as model repositories.
 
@@ -35,6 +38,7 @@ def hub_server(
             `api-junk` (a page that is no JSON), `api-cut`, `api-hang` (no answer until the server ends).
         token: Opens the gated repositories; any other token is refused with 401.
         about: What the API tells of a repository besides: downloads, likes, tags, config, ...
+        datasets: Id to folder of dataset repositories, with folders below; faults, gates and token count for them too.
 
     Yields:
         The endpoint, and a growing list of the requested paths.
@@ -43,6 +47,8 @@ def hub_server(
     ended = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
+        wanted = ""  # what was posted
+
         def log_message(self, *_: object) -> None:
             """Keep the test's output clean."""
 
@@ -50,6 +56,10 @@ def hub_server(
             self.answer(body=False)
 
         def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def do_POST(self) -> None:
+            self.wanted = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
             self.answer(body=True)
 
         def answer(self, *, body: bool) -> None:
@@ -65,8 +75,13 @@ def hub_server(
                 return self.found()
             if path.startswith("api/models/"):
                 return self.info(path.removeprefix("api/models/"))
+            if path.startswith("api/datasets/"):
+                return self.dataset(path.removeprefix("api/datasets/"), given, body)
             repo, _, rest = path.partition("/resolve/")
-            file = repos.get(repo, Path("/nonexistent")) / rest.partition("/")[2]
+            every = repos
+            if repo.startswith("datasets/"):
+                repo, every = repo.removeprefix("datasets/"), dict(datasets or {})
+            file = every.get(repo, Path("/nonexistent")) / unquote(rest.partition("/")[2])
             if repo in gated and (token is None or given is None):
                 headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."}
                 return self.send(403 if token is None else 401, headers, b"", body)
@@ -75,7 +90,7 @@ def hub_server(
             data = file.read_bytes()
             etag = f'"{hashlib.sha256(data).hexdigest()}"'
             headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            fault = faults.pop(0) if faults and body and file.suffix == ".safetensors" else ""
+            fault = faults.pop(0) if faults and body and file.suffix in WEIGHTS_OR_DATA else ""
             if fault.isdigit():
                 return self.send(int(fault), {"Retry-After": "1"}, b"", body)
             if fault == "wrong":
@@ -124,6 +139,35 @@ def hub_server(
             siblings = [{"rfilename": n, **({"size": size} if told else {})} for n, size in sizes.items()]
             answer = {**self.facts(repo), "siblings": siblings}
             return self.send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), True)
+
+        def dataset(self, rest: str, given: str | None, body: bool) -> None:
+            """What the API tells of a dataset, and of its files."""
+            words = re.fullmatch(r"([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", unquote(rest))
+            repo, what, revision, below = words.groups() if words else ("", None, None, None)
+            if repo in gated and (token is None or given is None):
+                return self.send(401 if given is None else 403, {"X-Error-Code": "GatedRepo"}, b"{}", body)
+            folder = (datasets or {}).get(repo)
+            if folder is None:
+                return self.send(404, {"X-Error-Code": "RepoNotFound"}, b"{}", body)
+            if revision not in (None, *REVISIONS):
+                return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}", body)
+            entries = [self.entry(folder, path) for path in sorted(folder.rglob("*"))]
+            if what == "tree":
+                if below and not (folder / below).exists():
+                    return self.send(404, {"X-Error-Code": "EntryNotFound"}, b"{}", body)
+                answer: Any = [e for e in entries if not below or e["path"].startswith(below.strip("/") + "/")]
+            elif what == "paths-info":
+                paths = parse_qs(self.wanted).get("paths") or json.loads(self.wanted or "{}").get("paths", [])
+                answer = [e for e in entries if e["path"] in paths]
+            else:
+                files = [{"rfilename": e["path"]} for e in entries if e["type"] == "file"]
+                answer = {**self.facts(repo), "id": repo, "siblings": files, "tags": []}
+            return self.send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), body)
+
+        def entry(self, folder: Path, path: Path) -> dict[str, Any]:
+            kind = "directory" if path.is_dir() else "file"
+            size = 0 if path.is_dir() else path.stat().st_size
+            return {"type": kind, "path": str(path.relative_to(folder)), "size": size, "oid": "0" * 40}
 
         def send(self, status: int, headers: dict[str, str], data: bytes, body: bool, cut: bool = False) -> None:
             self.send_response(status)

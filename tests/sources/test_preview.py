@@ -173,10 +173,61 @@ def test_a_large_text_is_read_in_part(home, monkeypatch, tmp_path):
     request = {
         "source": source, "model_dir": str(MODEL_DIR), "cache_dir": str(tmp_path), "samples": 99, "length": 16,
         "packing": "join", "shuffle": False, "seed": 0, "mode": "auto", "rows": 2, "seconds": 60, "online": False,
+        "text": "calibration",
     }  # fmt: skip
     found = preview_rows.preview_rows(request)
     assert found["read"] == 30 and not found["complete"]
     assert "in the part that a preview reads" in found["warnings"][0] and "first 30 rows" in " ".join(found["notes"])
+
+
+def tuned(**section):
+    """A job file that tunes, on text of its own if that is given."""
+    own = {"calibration_config": {"num_codebooks": 2, "nbits_per_codebook": 8, "nsamples": 12, "val_size": 2}}
+    return {"ALGORITHM": "AQLM", "llm": {"AQLM": {**own, **section}}}
+
+
+def look_at_tuning(home, **changes):
+    document = parse_yaml(demo_text(**changes))
+    return preview(preview_config(document, "tuning"), home, text="tuning", rows=2, confined=True)
+
+
+def test_the_tuning_text_in_its_own_length_and_how_it_is_divided(home):
+    folder = home.user_data / "models"
+    folder.mkdir(parents=True)
+    path = write_jsonl(folder / "own.jsonl", [{"q": f"what is {i}", "a": f"it is {i}"} for i in range(99)])
+    data = {"DATA_PATH": str(path), "TEXT_COLUMN": "q, a", "FORMAT_STRING": "{q}? {a}!", "SAMPLES": 8}
+    short = {"finetune_config": {"model_seqlen": 48, "batch_size": 2}}
+    found = look_at_tuning(home, **tuned(FINETUNE_DATA=data, **short))
+    assert text_of(found.rows[0]) == "<|begin|>what is 0? it is 0!"
+    assert (found.sequences, found.wanted, found.length) == (8, 8, 48)
+    assert found.notes[0] == "6 sequences are learned from; the last 2 decide which step is kept."
+    again = look_at_tuning(home, **tuned(finetune_config={"model_seqlen": 48, "batch_size": 2}))
+    assert again.label == "quantdeck/demo:train" and again.wanted in (8, 12)  # the calibration text once more
+    few = look_at_tuning(home, **tuned(FINETUNE_DATA={**data, "SAMPLES": 2}, finetune_config={"model_seqlen": 48}))
+    assert any("finetune_config.batch_size" in warning for warning in few.warnings)
+    long = look_at_tuning(home, **tuned(FINETUNE_DATA=data, finetune_config={"model_seqlen": 4096}))
+    assert "the tuning text has" in long.warnings[0].lower() and "finetune_config.model_seqlen" in long.warnings[0]
+
+
+def test_a_tuning_text_that_is_not_there_or_not_read_is_told_at_its_key(home):
+    with pytest.raises(ConfigErrors, match="does not exist") as caught:
+        look_at_tuning(home, **tuned(FINETUNE_DATA={"DATA_PATH": "user_data/models/none.jsonl"}))
+    assert caught.value.errors[0].key == "llm.AQLM.FINETUNE_DATA.DATA_PATH"
+    with pytest.raises(DataError, match="does not tune its model"):
+        look_at_tuning(home, **tuned(finetune_config={"max_epochs": 0}))
+    with pytest.raises(ConfigErrors, match="FORMAT_STRING"):
+        look_at_tuning(home, **tuned(FINETUNE_DATA={"FORMAT_STRING": "{x}", "DATASET_NAME": "quantdeck/demo"}))
+
+
+def test_the_calibration_preview_counts_by_the_algorithms_own_keys(home):
+    changes = {key: value for key, value in tuned().items()}
+    section = {**changes["llm"]["AQLM"]["calibration_config"], "model_seqlen": 96}
+    document = parse_yaml(demo_text(**{**changes, "llm": {"AQLM": {"calibration_config": section}}}))
+    document.set(("CALIBRATION",), {})
+    found = preview(preview_config(document), home, rows=1)
+    assert (found.wanted, found.length) == (12, 96)
+    document.set(("llm", "AQLM", "calibration_config", "nsamples"), "many")  # wrong, and told elsewhere
+    assert preview(preview_config(document), home, rows=1).wanted == 128
 
 
 def test_lengths_fall_into_ranges_without_a_gap():
@@ -199,3 +250,6 @@ def test_the_command_prints_rows_warnings_and_lengths(home, tmp_path, capsys):
     job.write_text(demo_text(DATASET_NAME="nobody/nothing"))
     assert cli.main(["preview", str(job), "--home", str(home.root)]) == 1
     assert "--online" in capsys.readouterr().err
+    job.write_text(demo_text(**tuned(finetune_config={"model_seqlen": 64, "batch_size": 2})))
+    assert cli.main(["preview", str(job), "--text", "tuning", "--rows", "1", "--home", str(home.root)]) == 0
+    assert "decide which step is kept" in capsys.readouterr().out

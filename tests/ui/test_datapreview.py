@@ -19,12 +19,12 @@ def site(tmp_path_factory):
         yield found
 
 
-def press(site, name="on_preview", **changes):
-    """What the button's handler answers for the template with some values changed."""
-    index, fn = next((i, fn) for i, fn in site.blocks.fns.items() if fn.name == name)
+def press(site, name="on_preview", *, which=0, **changes):
+    """What a button's handler answers for the template with some values changed; `which` 1 is the tuning text's."""
+    index = [i for i, fn in site.blocks.fns.items() if fn.name == name][which]
     values = {field.key: value for field, value in zip(FIELDS, open_draft(TEMPLATE).shown, strict=True)}
     data = [None, *({**values, **changes}[field.key] for field in FIELDS)]
-    session = f"{name}{len(changes)}{''.join(changes)}"
+    session = f"{name}{which}{len(changes)}{''.join(changes)}"
     with site.client() as client:
         assert call(client, index, data, session).status_code == 200
         last = outcome(client, session)[-1]
@@ -52,6 +52,21 @@ def test_a_dataset_of_the_hub_waits_to_be_asked_for(site):
 
 def test_no_text_yet_says_what_to_choose(site):
     assert "No text chosen yet" in shown(press(site, DATASET_NAME=""))
+
+
+def test_the_tuning_text_has_a_preview_of_its_own(site):
+    folder = site.home.user_data / "models"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = write_jsonl(folder / "tuning.jsonl", [{"text": f"line {n} of {HOSTILE}"} for n in range(200)])
+    tune = "llm.AQLM.finetune_config"
+    own = {"llm.AQLM.FINETUNE_DATA.DATA_PATH": str(path), f"{tune}.model_seqlen": 64, f"{tune}.batch_size": 2}
+    data = press(site, which=1, **own)
+    assert "line 0 of" in shown(data) and "<img" not in shown(data) and "decide which step is kept" in shown(data)
+    assert data[1]["visible"] is True
+    assert "line 0 of" not in shown(press(site, **own))
+    refused = shown(press(site, which=1, **{"llm.AQLM.FINETUNE_DATA.DATA_PATH": "/etc/passwd"}))
+    assert "llm.AQLM.FINETUNE_DATA.DATA_PATH" in refused and "inside" in refused
+    assert press(site, which=1, **{"llm.AQLM.FINETUNE_DATA.DATASET_NAME": "nobody/nothing"})[2]["visible"] is True
 
 
 @pytest.mark.parametrize(

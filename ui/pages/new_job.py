@@ -14,6 +14,7 @@ from backend.errors import ConfigError, ConfigErrors, QuantdeckError
 from backend.jobs import control
 from backend.paths import Home
 from backend.schema import ALGORITHMS, DEMO, Group, parse_yaml
+from backend.schema.aqlm_finetune import TUNING_TEXT
 from backend.sources.models import list_models
 from ui.datapreview import DataPreview
 from ui.differences import differences
@@ -59,7 +60,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
         with gr.Row(elem_classes=["qd-split"]):
             with gr.Column(scale=3, min_width=420):
                 form = Form(first.shown, {"MODEL": models, "DATASET_NAME": DATASETS, TUNING_DATASET: TUNING_DATASETS})
-                picker, sections, text_preview = _form_sections(form, str(_shown(first, "ALGORITHM")))
+                picker, sections, previews = _form_sections(form, str(_shown(first, "ALGORITHM")))
             with gr.Column(scale=2, min_width=340, elem_classes=["qd-side"]):
                 start = gr.Button("Start job", variant="primary", elem_id="start")
                 refused = gr.HTML(visible=False)
@@ -126,7 +127,8 @@ def build(demo: gr.Blocks, home: Home) -> None:
     def on_filled(before: int) -> int:
         return before + 1
 
-    text_preview.connect(home, draft, controls)
+    for text_preview in previews:
+        text_preview.connect(home, draft, controls)
     filling = [
         demo.load(on_load, None, **opening),
         example.input(on_example, [example], **opening),
@@ -161,7 +163,7 @@ def _shown(draft: Draft, key: str) -> Any:
     return next(value for field, value in zip(FIELDS, draft.shown, strict=True) if field.key == key)
 
 
-def _form_sections(form: Form, algorithm: str) -> tuple[ModelPicker, dict[str, gr.Column], DataPreview]:
+def _form_sections(form: Form, algorithm: str) -> tuple[ModelPicker, dict[str, gr.Column], list[DataPreview]]:
     """Lays out all settings.
 
     Args:
@@ -170,7 +172,7 @@ def _form_sections(form: Form, algorithm: str) -> tuple[ModelPicker, dict[str, g
 
     Returns:
         The picker of the model; the section of each algorithm, where hidden ones keep their
-        values; and the preview of the calibration text.
+        values; and the previews of the texts.
     """
     with gr.Column(elem_classes=["qd-form"]):
         _heading("Model", "What is quantized.")
@@ -187,11 +189,11 @@ def _form_sections(form: Form, algorithm: str) -> tuple[ModelPicker, dict[str, g
         with form.fold("Local data, format string, order"):
             form.section("Dataset")
             form.section("Calibration")
-        text_preview = DataPreview()
+        previews = [DataPreview()]
     with gr.Column(elem_classes=["qd-form"]):
         _heading("Algorithm", "How the weights become smaller.")
         form.section("Algorithm")
-        sections = {name: _algorithm_section(form, name, visible=name == algorithm) for name in ALGORITHMS}
+        sections = {name: _algorithm_section(form, name, previews, visible=name == algorithm) for name in ALGORITHMS}
     with gr.Column(elem_classes=["qd-form"]):
         _heading("Measurements", "Taken from the baseline and from the saved result, in the same way, after saving.")
         form.section("Evaluation", advanced=False)
@@ -207,16 +209,18 @@ def _form_sections(form: Form, algorithm: str) -> tuple[ModelPicker, dict[str, g
             form.section("Job")
         with form.fold("Keys kept for other programs"):
             form.section("Job", ignored=True)
-    return picker, sections, text_preview
+    return picker, sections, previews
 
 
-def _algorithm_section(form: Form, name: str, *, visible: bool) -> gr.Column:
+def _algorithm_section(form: Form, name: str, previews: list[DataPreview], *, visible: bool) -> gr.Column:
     groups = ALGORITHMS[name].GROUPS or (Group(name),)
     with gr.Column(visible=visible, elem_id=f"algorithm-{name}") as section:
         for group in groups:
             if group.heading:
                 with form.fold(group.heading):
                     _group(form, group)
+                    if group.section == TUNING_TEXT:
+                        previews.append(DataPreview("tuning"))
             else:
                 _group(form, group)
     return section
