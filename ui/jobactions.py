@@ -119,7 +119,7 @@ def act_on_many(home: Home, act: str, uids: Sequence[str], *, actor: str = "user
         return _told(done, " and ".join(part for part in parts if part))
     if act == "restore":
         return _told(done, _said(done.jobs, "was", "restored"))
-    undo = _for_all("Undo", "restore", [job.uid for job in done.jobs])
+    undo = action("Undo", "restore", "", uids=[job.uid for job in done.jobs])
     text = "Its files stay until you delete it for good, under Deleted."
     if len(done.jobs) != 1:
         text = "Their files stay until you delete them for good, under Deleted."
@@ -139,7 +139,7 @@ def _ask_erase(home: Home, uids: Sequence[str]) -> str:
     if not done.jobs:
         return _told(done, "")
     model = "its model, log and working folder are" if len(done.jobs) == 1 else "their models, logs and folders are"
-    buttons = _for_all("Delete for good", "erase", [job.uid for job in done.jobs], kind="danger")
+    buttons = action("Delete for good", "erase", "", uids=[job.uid for job in done.jobs], kind="danger")
     buttons += action("Keep", "dismiss", "")
     heading = f"Delete {_named(done.jobs, small=True)} for good? {size(free)} become free"
     return notice("warn", heading, _reasons(f"{model.capitalize()} removed. There is no way back.", done), buttons)
@@ -184,8 +184,3 @@ def _said(jobs: Sequence[Job], verb: str, what: str, *, small: bool = False) -> 
     """`Job a was deleted`, `3 jobs were deleted`; nothing for no job."""
     plural = {"was": "were", "is": "are"}[verb]
     return f"{_named(jobs, small=small)} {verb if len(jobs) == 1 else plural} {what}" if jobs else ""
-
-
-def _for_all(text: str, act: str, uids: Sequence[str], *, kind: str = "secondary") -> str:
-    button = action(text, act, "", kind=kind)
-    return button.replace(" data-uid=", f' data-uids="{" ".join(uids)}" data-uid=', 1)

@@ -175,13 +175,9 @@ def _ways_back(job: Job, *, here: bool) -> str:
     back = "" if job.erased else action("Restore", "restore", job.uid, title="Put it back into the list")
     if here:
         return back
-    return (
-        ("" if job.erased else link("Open", f"/job?id={job.uid}"))
-        + back
-        + action(
-            "Delete for good", "ask-erase", job.uid, kind="danger", title="Remove its files; you are asked once more"
-        )
-    )
+    hint = "Remove its files; you are asked once more"
+    for_good = action("Delete for good", "ask-erase", job.uid, kind="danger", title=hint)
+    return ("" if job.erased else link("Open", f"/job?id={job.uid}")) + back + for_good
 
 
 def can_be_measured(job: Job) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import gradio as gr
@@ -173,9 +173,19 @@ def link(text: str, href: str, kind: str = "secondary", **attributes: str) -> st
     return f'<a class="qd-button qd-{kind}" href="{esc(href)}"{extra}>{esc(text)}</a>'
 
 
-def action(text: str, act: str, uid: str, *, kind: str = "secondary", confirm: str = "", title: str = "") -> str:
-    """A button whose click reaches the page's Python handler through `ACTION_JS`."""
+def action(
+    text: str,
+    act: str,
+    uid: str,
+    *,
+    kind: str = "secondary",
+    confirm: str = "",
+    title: str = "",
+    uids: Sequence[str] = (),
+) -> str:
+    """A button whose click reaches the page's Python handler through `ACTION_JS`; `uids` of one for several jobs."""
     extra = f' data-confirm="{esc(confirm)}"' if confirm else ""
+    extra += f' data-uids="{esc(" ".join(uids))}"' if uids else ""
     extra += f' title="{esc(title)}"' if title else ""
     return (
         f'<button type="button" class="qd-button qd-{kind}" data-act="{esc(act)}" data-uid="{esc(uid)}"{extra}>'

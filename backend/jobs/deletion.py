@@ -18,7 +18,7 @@ from backend.errors import JobError, QuantdeckError
 from backend.jobs import removal
 from backend.jobs.job import Job
 from backend.jobs.logs import files as log_files
-from backend.jobs.states import ACTIVE, FINAL
+from backend.jobs.states import ACTIVE
 from backend.jobs.store import JobStore, now
 from backend.paths import Home
 from backend.process import failpoint, hold_lock, lock_is_held
@@ -175,11 +175,6 @@ def erase(home: Home, uid: str, *, actor: str = "user", used: Used | None = None
                 [job.uid],
             )
     return freed
-
-
-def unfinished(home: Home) -> list[Job]:
-    """Jobs whose deletion for good was begun and has not ended."""
-    return [job for job in JobStore(home).summaries(states=FINAL, deleted=True, limit=1_000_000) if job.erased]
 
 
 @contextmanager
