@@ -8,8 +8,10 @@ can show stay as they were.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from pydantic import BaseModel
@@ -27,6 +29,8 @@ from backend.schema import (
     parse_yaml,
     sections,
 )  # fmt: skip
+
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?")
 
 UNSET = ""
 """What a control shows for a choice that is left to its default; Gradio has no None among choices."""
@@ -153,7 +157,11 @@ def _lookup(values: Any, field: FormField) -> Any:
 
 
 def to_control(spec: FieldSpec, value: Any) -> Any:
-    """A file's value as its control shows it; a value of a wrong kind shows as empty."""
+    """A file's value as its control shows it; a value of a wrong kind that it cannot show, as empty.
+
+    Numbers are shown as text: Gradio's field for numbers makes 0 of an empty one whenever it is drawn, and it could not
+    show what somebody wrote instead of a number.
+    """
     if spec.type == "bool":
         return value if isinstance(value, bool) else None
     if spec.several:
@@ -165,7 +173,7 @@ def to_control(spec: FieldSpec, value: Any) -> Any:
             return UNSET
         return value if value in spec.choices and not isinstance(value, bool) else None
     if spec.type in ("int", "float"):
-        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        return "" if value is None or isinstance(value, (list, dict)) else str(value)
     if spec.type == "list" and spec.choices:
         fits = isinstance(value, list) and all(item in spec.choices for item in value)
         return list(value) if fits else []
@@ -186,7 +194,7 @@ def from_control(spec: FieldSpec, value: Any) -> Any:
     if spec.type == "yaml":
         return _from_flow(str(value or "").strip())
     if spec.type in ("int", "float"):
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+        return _number(str("" if value is None else value).strip())
     if spec.type == "list":
         if spec.choices:
             return [choice for choice in spec.choices if choice in (value or [])]
@@ -197,6 +205,15 @@ def from_control(spec: FieldSpec, value: Any) -> Any:
         text = text if spec.key == "FORMAT_STRING" else text.strip()
         return text or None
     return value
+
+
+def _number(text: str) -> int | float | str | None:
+    """The number that a text stands for; the text itself if it is none, for the schema to refuse."""
+    if not _NUMBER.fullmatch(text) or not isfinite(number := float(text)):
+        return text or None
+    if text.lstrip("+-").isdigit():
+        return int(text)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 def _flow(item: Any) -> str:

@@ -48,6 +48,11 @@ def plain_info(text: str) -> str:
     return text.replace("](", "]\N{ZERO WIDTH SPACE}(")
 
 
+def classes(field: FormField) -> list[str]:
+    """The control's classes in the page."""
+    return ["qd-number"] if field.spec.type in ("int", "float") else []
+
+
 def control(field: FormField, value: Any, suggestions: Sequence[tuple[str, str]] = ()) -> Component:
     """The control of one setting.
 
@@ -75,7 +80,7 @@ def control(field: FormField, value: Any, suggestions: Sequence[tuple[str, str]]
         return kind(choices=choices, **common)
     if spec.type in ("int", "float"):
         placeholder = "" if spec.default is not None or spec.required else spec.empty
-        return gr.Number(placeholder=placeholder, **common)
+        return gr.Textbox(max_lines=1, placeholder=placeholder, elem_classes=classes(field), **common)
     if spec.type == "list" and spec.choices:
         return gr.CheckboxGroup(choices=list(spec.choices), **common)
     return gr.Textbox(max_lines=1, **common)

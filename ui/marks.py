@@ -10,7 +10,7 @@ import gradio as gr
 from backend.schema import parse_yaml
 from backend.schema.report import line
 from ui.draft import FIELDS, Draft, FormField
-from ui.fields import help_text, plain_info
+from ui.fields import classes, help_text, plain_info
 from ui.review import Problem
 
 
@@ -46,5 +46,5 @@ def mark(field: FormField, now: str | None, before: str | None) -> Any:
     if now == before:
         return gr.skip()
     if now is None:
-        return gr.update(info=help_text(field), elem_classes=[])
-    return gr.update(info=plain_info(now), elem_classes=["qd-wrong"])
+        return gr.update(info=help_text(field), elem_classes=classes(field))
+    return gr.update(info=plain_info(now), elem_classes=[*classes(field), "qd-wrong"])

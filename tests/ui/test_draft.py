@@ -190,3 +190,26 @@ def test_exceptions_that_cannot_be_read_are_reported_at_their_control(typed):
     with pytest.raises(ConfigErrors) as caught:
         _ = merge(draft, changed(draft, llm__Native__OVERRIDES=typed)).config
     assert all(e.key.startswith("llm.Native.OVERRIDES") for e in caught.value.errors)
+
+
+@pytest.mark.parametrize(
+    ("typed", "written"),
+    [
+        ("", None), ("  ", None), ("64", 64), (" 64 ", 64), (64, 64), ("2.0", 2), ("0.5", 0.5), (".5", 0.5), ("1e-9", 1e-9),
+        ("-1", -1), ("many", "many"), ("1,000", "1,000"), ("1e400", "1e400"), ("nan", "nan"), ("0x10", "0x10"),
+        ("9007199254740993", 9007199254740993),
+    ],
+)  # fmt: skip
+def test_numbers_are_typed_as_text_and_what_is_none_is_kept_for_the_schema_to_refuse(typed, written):
+    spec = next(field.spec for field in FIELDS if field.key == "EVALUATION.MAX_WINDOWS")
+    found = from_control(spec, typed)
+    assert found == written and type(found) is type(written)
+
+
+def test_a_file_with_words_for_a_number_shows_them_and_keeps_them():
+    text = TEMPLATE + "CALIBRATION:\n  SAMPLES: many  # to be decided\nEVALUATION:\n  MAX_WINDOWS:\n"
+    draft = open_draft(text)
+    shown = dict(zip((field.key for field in FIELDS), draft.shown, strict=True))
+    assert shown["CALIBRATION.SAMPLES"] == "many"
+    assert shown["EVALUATION.MAX_WINDOWS"] == ""
+    assert merge(draft, draft.shown).dump() == text
