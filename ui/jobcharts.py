@@ -11,6 +11,7 @@ import gradio as gr
 import plotly.graph_objects as go
 
 from backend.evaluate.combined import short_name
+from backend.evaluate.report import BYTE_UNITS
 from backend.jobs import control, curves
 from backend.jobs.results import measured, results_of
 from backend.jobs.store import Job
@@ -133,7 +134,7 @@ def size_points(entries: Sequence[Mapping[str, Any]]) -> tuple[str, Any, Any] | 
         if size is None or score is None:
             continue
         heading = heading or short_name(score)
-        scale = {"GB": 1e3, "MB": 1.0, "kB": 1e-3}.get(str(size["unit"]), 1e-6)
+        scale = BYTE_UNITS[str(size["unit"])] / 1e6
         baseline = baseline or (size["baseline"] * scale, score["baseline"])
         points.append((str(entry["name"]), size["quantized"] * scale, score["quantized"]))
     return (heading, baseline, points) if len(points) > 1 else None

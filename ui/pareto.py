@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from backend.evaluate.report import BYTE_UNITS
+
 Row = Mapping[str, Any]
 
-MEGABYTES = {"GB": 1e3, "MB": 1.0, "kB": 1e-3, "bytes": 1e-6}
 BITS, SIZE = "stored bits per weight", "size of the weight files (MB)"
 
 
@@ -67,7 +68,7 @@ def tradeoff(models: Sequence[tuple[str, Sequence[Row]]]) -> Tradeoff | None:
     for label, rows, row in measured:
         cost = _last(rows, "bits per weight" if in_bits else "size")
         if cost is not None:
-            scale = 1.0 if in_bits else MEGABYTES[str(cost["unit"])]
+            scale = 1.0 if in_bits else BYTE_UNITS[str(cost["unit"])] / 1e6
             interval = tuple(row["interval"]) if row.get("interval") else None
             points.append(Point(label, cost["quantized"] * scale, row["quantized"], interval))
     if len(points) < 2:

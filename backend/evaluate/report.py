@@ -34,7 +34,8 @@ TITLES = {
 }
 DISTANCES = ("KL divergence", "top-1 flips")
 """Numbers that compare the quantized model with its base model; the base model's own is 0 by definition."""
-BYTE_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+BYTE_UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
+"""Bytes of each unit that a row's numbers may have, the largest first."""
 
 
 def size_metric(weight_bytes: int) -> Metric:
@@ -197,7 +198,8 @@ def _row(baseline: Metric, quantized: Metric, cached_at: str | None) -> Row:
     unit, scale = baseline["unit"], 1.0
     if unit == "bytes":
         largest = max(baseline["value"], quantized["value"])
-        unit, scale = next(((u, 1.0 / size) for u, size in BYTE_UNITS if largest >= size), ("bytes", 1.0))
+        unit = next((u for u, size in BYTE_UNITS.items() if largest >= size), "bytes")
+        scale = 1.0 / BYTE_UNITS[unit]
     elif unit == "%":
         interval = (100 * interval[0], 100 * interval[1]) if interval else None  # samples are fractions
     return {

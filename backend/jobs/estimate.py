@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from backend.errors import QuantdeckError
+from backend.evaluate.report import BYTE_UNITS
 from backend.jobs.job import Job
 from backend.jobs.results import measured
 from backend.jobs.store import JobStore
@@ -79,4 +80,4 @@ def _seconds(job: Job) -> float:
 def _weight_bytes(job: Job) -> int:
     """Of the model that the job quantized, as it was measured; 0 if it was not."""
     rows = [row for entry in measured(job.result) for row in entry["rows"] if row["metric"] == "size"]
-    return int(rows[0]["baseline"] or 0) if rows else 0
+    return round(rows[0]["baseline"] * BYTE_UNITS[rows[0]["unit"]]) if rows else 0

@@ -18,11 +18,13 @@ from backend.errors import ConfigErrors, JobError
 from backend.evaluate.cache import file_digest
 from backend.formats.size import weight_bytes
 from backend.jobs import control
+from backend.jobs.estimate import estimate
 from backend.jobs.publish import check_manifest
 from backend.jobs.results import results_of
 from backend.jobs.store import JobStore
 from backend.paths import PROJECT, Home
 from backend.process import end_leftovers, processes_of
+from backend.schema import parse_yaml
 from tests.conftest import demo_text
 
 ENGINE = "backend.engines.native"
@@ -130,6 +132,18 @@ def test_the_size_row_is_what_lies_on_disk_and_what_was_predicted(done):
     assert row["quantized"] * scale == pytest.approx(weight_bytes(Path(result["artefact"])))
     checked = cli(home, "validate", "examples/autoawq_demo.yaml")
     assert f"{weight_bytes(Path(result['artefact'])) / 1e6:.1f} MB" in checked.stdout
+
+
+def test_a_job_with_twice_the_text_is_expected_to_take_twice_as_long(done):
+    home, result, _ = done
+    spent = sum(result["timings"][stage]["wall_s"] for stage in ("calibrate", "quantize", "save"))
+    again = parse_yaml(demo_text("again")).config
+    same = estimate(home, again, weight_bytes(MODEL_DIR), "cpu")
+    assert (same.basis, same.seconds) == ("first", pytest.approx(spent))
+    assert same.peak_bytes == result["peak_rss_bytes"]
+    longer = parse_yaml(demo_text("longer", CALIBRATION={"SAMPLES": 16})).config
+    more = estimate(home, longer, weight_bytes(MODEL_DIR), "cpu")
+    assert (more.seconds, more.peak_bytes) == (pytest.approx(2 * spent), None)
 
 
 def test_the_distance_from_the_base_model_and_the_stored_bits_are_told(done):

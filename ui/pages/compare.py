@@ -15,6 +15,7 @@ import gradio as gr
 
 from backend.errors import JobError
 from backend.evaluate.published import CAPTION, TABLES, PublishedTable, origin, shown
+from backend.evaluate.report import BYTE_UNITS
 from backend.jobs.results import full_name, measured
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
@@ -32,7 +33,6 @@ CHARTS = (
 )  # fmt: skip
 LISTED = 200  # newest finished jobs in the list; any job can be asked for by the address
 MAX_ASKED = 50
-BYTE_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1.0}
 
 Labelled = list[tuple[str, Mapping[str, Any]]]
 
