@@ -352,7 +352,7 @@ def history_table(events: Sequence[Row]) -> str:
     head = '<th>When</th><th class="qd-num">Attempt</th><th>State</th><th>By</th><th>Why</th>'
     heading = '<div class="qd-section"><h2>History</h2></div>'
     return heading + card(
-        '<div class="qd-scroll"><table class="qd-table qd-history"><thead><tr>'
+        '<div class="qd-scroll"><table class="qd-table qd-history qd-flow"><thead><tr>'
         f"{head}</tr></thead><tbody>{body}</tbody></table></div>{below}",
         classes="qd-flush",
     )

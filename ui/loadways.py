@@ -252,7 +252,7 @@ def _modelopt(folder: Path, stated: Stated, tasks: Sequence[Task]) -> Iterator[W
         yield _vllm(folder, "A GPU that has kernels for this format.")
     else:
         found = f"It reads modelopt's FP8 and NVFP4, this is {algorithm or 'another method'}"
-        yield Way("vLLM", "", f"{found}; for 4 bits there, make a job with ALGORITHM: LLMCompressor or Native.")
+        yield Way("vLLM", "", f"{found}; for vLLM, make a job with ALGORITHM: LLMCompressor or Native.")
     yield Way("lm_eval", "", f"{nonsense}, since transformers loads its models. Quantdeck's own evaluation reads them.")
     script, where = shlex.quote(str(folder / SCRIPT)), shlex.quote(str(folder))
     lines = [f"sh {script}", f"sh {script} serve"] if (folder / SCRIPT).is_file() else []

@@ -42,6 +42,17 @@ class FakeRunner(threading.Thread):
         self.burst = threading.Event()
         self.written = 0
 
+    def save(self, *names: str) -> None:
+        """Have saved models of these names."""
+        entries = []
+        for name in names:
+            folder = self.home.root / "models" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text("{}")
+            manifest = {"files": {"config.json": {"sha256": "ab" * 32}}}
+            entries.append({"name": name, "label": name, "artefact": str(folder), "rows": [], "manifest": manifest})
+        self.store.update(self.job.uid, 1, result={"results": entries})
+
     def run(self) -> None:
         log = control.log_path(self.home, self.job.uid)
         log.parent.mkdir(parents=True)
@@ -218,6 +229,17 @@ def test_a_running_job_and_its_log(address, runner, watched):
     page.evaluate(f"() => {{ {zoomed} return Plotly.relayout(chart, {{'xaxis.range': [1, 3]}}) }}")
     wait_until(page, "window.chart.data[0].x.length > window.points")
     assert page.evaluate("window.chart.isConnected && window.chart.layout.xaxis.range.join()") == "1,3"
+
+    # What somebody has opened among the saved models stays open when another one is saved, and is copied by a button.
+    runner.save("w4", "w3")
+    page.locator('#artefact [data-key="w4"] > summary').click()
+    page.locator('#artefact [data-key="w4 vLLM"] > summary').click()
+    runner.save("w4", "w3", "w2")
+    expect(page.locator('#artefact [data-key="w2"]')).to_be_visible(timeout=STEP_MS)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator('#artefact [data-key="w4 vLLM"] .qd-copy').click()
+    expect(page.locator('#artefact [data-key="w4 vLLM"] .qd-copy')).to_have_text("Copied", timeout=STEP_MS)
+    assert page.evaluate("navigator.clipboard.readText()") == f"vllm serve {runner.home.root}/models/w4"
 
     # Paused, nothing moves under the reader; followed again, nothing is missing.
     page.locator("#log [data-follow]").click()
