@@ -28,7 +28,7 @@ app: setup
 	$(RUN) app.py
 
 test: setup-dev
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # 200 jobs under random kill -9, for several minutes; the short form is one of the tests.
 chaos: setup-dev

@@ -30,6 +30,12 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes (browsers, whole jobs) begin first: none is left for one worker at the end."""
+    slow = {item.path for item in items if any(map(item.get_closest_marker, ("browser", "timeout")))}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     """An empty home."""
