@@ -17,7 +17,7 @@ from backend.jobs.follow import follow
 from backend.jobs.memory_warnings import told_range
 from backend.jobs.preflight import check_job
 from backend.jobs.results import result_object, results_of
-from backend.jobs.room import gigabytes
+from backend.jobs.room import amount
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
 from backend.schema import read_yaml
@@ -95,8 +95,8 @@ def validate(args: argparse.Namespace, home: Home) -> int:
     for need in checked.memory:
         print(f"  {need.where} to {need.what}: {told_range(need)}, {need.basis}")
     if checked.room is not None:
-        download = f"{gigabytes(checked.room.download)} of download and " if checked.room.download else ""
-        print(f"  disk: {download}up to {gigabytes(checked.room.results)} while it runs")
+        download = f"{amount(checked.room.download)} of download and " if checked.room.download else ""
+        print(f"  disk: {download}up to {amount(checked.room.results)} while it runs")
     return 0
 
 

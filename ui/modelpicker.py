@@ -6,7 +6,6 @@ The browser asks only us; we ask the Hub, and only when somebody searches or nam
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -19,7 +18,8 @@ from backend.sources import hub, hub_cache, hub_token
 from backend.sources.hub_errors import HubUnreachable
 from backend.sources.models import ModelFacts, is_repo_id, model_facts, resolve_model
 from ui.format import count, size
-from ui.layout import ACTION_JS, action, esc, facts, link, notice
+from ui.hublist import found_html
+from ui.layout import ACTION_JS, esc, facts, link, notice
 from ui.reading import asked, whole
 from ui.review import model_html
 
@@ -27,7 +27,6 @@ SHORTEST_TYPED = 3
 # A model may be taken more than once, so its button stays enabled.
 PICK_JS = ACTION_JS.replace("  button.disabled = true;\n", "")
 HUB = "https://huggingface.co"
-CACHED_SHOWN = 50
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -65,16 +64,17 @@ class ModelPicker:
             controls: The form's, by dotted key.
         """
         model, revision = controls["MODEL"], controls["REVISION"]
-        chosen = [model, controls["CUSTOM_MODEL_PATH"], revision]
+        cache = controls["CACHE_PATH"]
+        chosen = [model, controls["CUSTOM_MODEL_PATH"], revision, cache]
 
-        def show_model(model: str, custom: str, revision: str) -> tuple[Any, Any]:
+        def show_model(model: str, custom: str, revision: str, cache: str = "") -> tuple[Any, Any]:
             """At once: what needs no network, and what was asked a short while ago."""
-            return described(home, model, custom, revision, ask=False)
+            return described(home, model, custom, revision, cache, ask=False)
 
-        def ask_model(model: str, custom: str, revision: str) -> tuple[Any, Any]:
-            return described(home, model, custom, revision, ask=True)
+        def ask_model(model: str, custom: str, revision: str, cache: str = "") -> tuple[Any, Any]:
+            return described(home, model, custom, revision, cache, ask=True)
 
-        def on_pin(model: str, custom: str, revision: str) -> Any:
+        def on_pin(model: str, custom: str, revision: str, cache: str = "") -> Any:
             name, asked_for = _hub_name(home, model, custom), _text(revision) or None
             try:
                 found = name and hub.known(home, name, asked_for) and hub.inspect(home, name, asked_for)
@@ -82,12 +82,12 @@ class ModelPicker:
                 return gr.skip()
             return found.commit if found else gr.skip()
 
-        def on_typed(text: str) -> Any:
+        def on_typed(text: str, cache: str = "") -> Any:
             text = _text(text)
-            return found_html(home, text) if not text or len(text) >= SHORTEST_TYPED else gr.skip()
+            return found_html(home, text, _text(cache)) if not text or len(text) >= SHORTEST_TYPED else gr.skip()
 
-        def on_search(text: str) -> str:
-            return found_html(home, _text(text))
+        def on_search(text: str, cache: str = "") -> str:
+            return found_html(home, _text(text), _text(cache))
 
         def on_pick(event: gr.EventData) -> tuple[Any, Any]:
             act, what = asked(event)
@@ -96,8 +96,8 @@ class ModelPicker:
                 return gr.skip(), gr.skip()
             return name, commit
 
-        def on_open() -> tuple[str, str]:
-            return found_html(home, ""), status_html(home)
+        def on_open(cache: str = "") -> tuple[str, str]:
+            return found_html(home, "", _text(cache)), status_html(home)
 
         def on_token(text: str) -> tuple[str, Any]:
             try:
@@ -121,14 +121,15 @@ class ModelPicker:
         gr.on(changes, ask_model, chosen, told, concurrency_limit=3, **latest)
         self.pin.click(on_pin, chosen, [revision], queue=False, **QUIET)
         # Gradio's `input` misses what is pasted or deleted.
-        self.text.change(on_typed, [self.text], [self.results], concurrency_limit=3, concurrency_id="hub", **latest)
+        searched = [self.text, cache]
+        self.text.change(on_typed, searched, [self.results], concurrency_limit=3, concurrency_id="hub", **latest)
         gr.on(
-            [self.search.click, self.text.submit], on_search, [self.text], [self.results],
+            [self.search.click, self.text.submit], on_search, searched, [self.results],
             concurrency_limit=3, concurrency_id="hub", trigger_mode="always_last",
             show_progress="minimal", api_visibility="private",
         )  # fmt: skip
         self.results.click(on_pick, None, [model, revision], queue=False, **QUIET)
-        self.box.expand(on_open, None, [self.results, self.status], **QUIET)
+        self.box.expand(on_open, [cache], [self.results, self.status], **QUIET)
         gr.on([self.save.click, self.token.submit], on_token, [self.token], [self.status, self.token], **QUIET)
         self.clear.click(on_forget, None, [self.status], **QUIET)
 
@@ -148,7 +149,7 @@ def _hub_name(home: Home, model: str, custom: str) -> str | None:
     return source.id if source.kind == "hub" else None
 
 
-def described(home: Home, model: str, custom: str, revision: str, *, ask: bool) -> tuple[Any, Any]:
+def described(home: Home, model: str, custom: str, revision: str, cache: str = "", *, ask: bool) -> tuple[Any, Any]:
     """What the chosen model is, and whether its commit can be pinned.
 
     Args:
@@ -156,6 +157,7 @@ def described(home: Home, model: str, custom: str, revision: str, *, ask: bool) 
         model: As the form has it.
         custom: `CUSTOM_MODEL_PATH`, likewise.
         revision: Likewise.
+        cache: `CACHE_PATH`, likewise.
         ask: Whether the Hub may be asked; otherwise only what is known already is told.
     """
     hidden = gr.update(visible=False)
@@ -168,7 +170,7 @@ def described(home: Home, model: str, custom: str, revision: str, *, ask: bool) 
             return notice("info", f"{name} comes from the Hugging Face Hub", "Asking the Hub what it is …"), hidden
         found = hub.inspect(home, name, revision or None)
     except HubUnreachable as error:
-        return cached_html(home, name, revision or None, error.message), hidden
+        return cached_html(home, name, revision or None, error.message, _text(cache)), hidden
     except ConfigError as error:
         return notice("error", "This model cannot be used", error.message), hidden
     except QuantdeckError as error:
@@ -206,9 +208,9 @@ def _fact_rows(found: ModelFacts) -> list[tuple[str, str]]:
     ]
 
 
-def cached_html(home: Home, name: str, revision: str | None, reason: str) -> str:
+def cached_html(home: Home, name: str, revision: str | None, reason: str, cache: str = "") -> str:
     """A Hub model while the Hub cannot be asked: what the cache has of it."""
-    kept = hub_cache.find_cached(home, name, revision)
+    kept = hub_cache.find_cached(home, name, revision, cache)
     try:
         found = model_facts(kept.folder) if kept else None
     except QuantdeckError:
@@ -227,58 +229,3 @@ def status_html(home: Home) -> str:
     except QuantdeckError as error:
         return notice("error", "The stored token cannot be used", error.message)
     return f'<p class="qd-muted qd-small">{esc(text)}.</p>'
-
-
-def found_html(home: Home, text: str) -> str:
-    """The models on the Hub that a search finds; without a text, or without the Hub, those in the cache."""
-    if not text:
-        return _cached_table(home)
-    try:
-        found = hub.search(home, text)
-    except HubUnreachable as error:
-        return notice("warn", "The Hub cannot be searched", error.message) + _cached_table(home)
-    except ConfigError as error:
-        return notice("info", "Nothing to search for yet", error.detail)
-    except QuantdeckError as error:
-        return notice("warn", "The Hub cannot be searched", error.message)
-    if not found:
-        return notice("info", f"No text-generation model on the Hub has {text!r} in its name", "Try fewer words.")
-    return _list([_hub_row(model) for model in found])
-
-
-def _hub_row(model: hub.HubModel) -> str:
-    counted = ((model.parameters, "parameters"), (model.downloads, "downloads"), (model.likes, "likes"))
-    below = [model.architecture, *(f"{count(n)} {what}" for n, what in counted if n is not None), model.licence]
-    below += [f"changed {model.updated}"] if model.updated else []
-    return _row(model.id, below, gated=model.gated, refused=_short(model.refused) if model.refused else "")
-
-
-def _short(reason: str) -> str:
-    """A refusal in a table: its first sentence."""
-    return f"cannot be quantized: {reason.partition(': ')[2] or reason}".partition(". ")[0].partition(";")[0]
-
-
-def _cached_table(home: Home) -> str:
-    found = hub_cache.cached_models(home)
-    if not found:
-        return notice("info", "No Hub model is in the cache here", "Models stay there after their first job.")
-    rows = []
-    for model in found[:CACHED_SHOWN]:
-        which = "newest when downloaded" if model.is_main else f"commit {model.commit[:12]}"
-        place = "in the jobs' cache" if model.ours else "in this user's Hub cache"
-        value = model.id if model.is_main else f"{model.id}@{model.commit}"
-        rows.append(_row(model.id, [size(model.bytes), which, place], value=value))
-    return '<p class="qd-muted qd-small">In the cache: these need no network.</p>' + _list(rows)
-
-
-def _row(name: str, below: Sequence[str | None], *, value: str = "", gated: bool = False, refused: str = "") -> str:
-    """A model of a list: its name, what is known of it, and the button that takes it; all plain text."""
-    badge = ' <span class="qd-hub-gated">gated</span>' if gated else ""
-    no = f'<span class="qd-sub qd-hub-no">{esc(refused)}</span>' if refused else ""
-    told = " · ".join(esc(part) for part in below if part)
-    use = action("Use", "use", value or name, title=f"Take {name} for this job")
-    return f'<li><div><b>{esc(name)}</b>{badge}<span class="qd-sub">{told}</span>{no}</div>{use}</li>'
-
-
-def _list(rows: list[str]) -> str:
-    return f'<ul class="qd-hub-list">{"".join(rows)}</ul>'

@@ -26,6 +26,7 @@ from ui.format import count, duration, size
 from ui.layout import REMOTE_CODE, card, esc, facts, notice
 
 FROM_ONE_PASS = "from one pass over the calibration text"
+NO_TIME = "Time is told once a job with these settings of the algorithm has finished on this device."
 TUNED_FROM_FIRST = "the second one tuned from the first"
 
 Problem = tuple[FormField | None, str, str]  # the control it belongs to, its key in the file, what is wrong
@@ -141,7 +142,6 @@ def _forecast(config: JobConfig, checked: Checked, expected: Estimate | None) ->
     rows = [
         ("Device", describe_device(checked.device)),
         *results,
-        ("Sizes are told", known.basis),
         ("Download", _download_text(known)),
         ("Disk space", _room_text(checked.room)),
         ("Calibration", f"{config.calibration.SAMPLES} x {config.calibration.SEQUENCE_LENGTH} tokens"),
@@ -150,7 +150,10 @@ def _forecast(config: JobConfig, checked: Checked, expected: Estimate | None) ->
         ("Measured after", ", ".join(["size", *measures])),
         ("Saved in", " and ".join([folder] if not own else [f"{folder}/{own[0]}", *own[1:]])),
     ]
-    told = [*checked.notes, *(f"Memory to {need.what}: {need.basis}." for need in checked.memory)]
+    told = list(checked.notes)
+    told += [f"Size and bits are known {known.basis}."] if known.basis and known.facts else []
+    told += [NO_TIME] if expected is None else []
+    told += [f"Memory to {need.what}, {told_range(need)}: {need.basis}." for need in checked.memory]
     notes = "".join(f'<p class="qd-muted qd-small" style="margin:10px 0 0">{esc(note)}</p>' for note in told)
     return (
         (notice("error", *REMOTE_CODE) if config.TRUST_REMOTE_CODE else "")
@@ -162,7 +165,7 @@ def _forecast(config: JobConfig, checked: Checked, expected: Estimate | None) ->
 def _expected_text(expected: Estimate | None) -> str:
     """What an earlier job lets one expect, with the job as the basis."""
     if expected is None:
-        return "no basis yet: no finished job with these settings of the algorithm on this device"
+        return "no basis yet"
     memory = f", peak memory {size(expected.peak_bytes)}" if expected.peak_bytes else ""
     return f"about {duration(expected.seconds)} to quantize{memory}, going by job {expected.basis}"
 
@@ -178,17 +181,16 @@ def _room_text(room: Room | None) -> str:
     """What a job takes of the disk while it runs."""
     if room is None:
         return ""
-    parts = [size(room.download)] if room.download else []
-    return " + ".join([*parts, size(room.results)]) + " at most while it runs"
+    return f"{size(room.download + room.results)} at most while it runs"
 
 
 def _memory_text(needs: Sequence[MemoryNeed], expected: Estimate | None) -> str:
-    """What the parts of the job will take; what an earlier job took stands beside its time."""
+    """What the largest part of the job will take; what an earlier job took stands beside its time."""
     measured = expected is not None and expected.peak_bytes is not None
     if measured or not needs:
         return ""
-    where = "" if needs[0].where == "memory" else ", of the GPU"
-    return "; ".join(f"{told_range(need)} to {need.what}" for need in needs) + where
+    most = max(needs, key=lambda need: need.high)
+    return told_range(most) + ("" if most.where == "memory" else " of the GPU")
 
 
 def _bits_text(bits: float | None) -> str:

@@ -15,7 +15,7 @@ from backend.engines.configurations import Configuration
 from backend.formats.headers import TensorInfo
 from backend.formats.size import LAYER, artefact_order
 from backend.jobs.machine_memory import has_bfloat16
-from backend.jobs.room import gigabytes
+from backend.jobs.room import amount
 from backend.quantize.recipe import Recipe
 from backend.schema import AQLMSettings, JobConfig
 from backend.sources.quick_check import QuickFacts
@@ -134,16 +134,16 @@ def _core(facts: QuickFacts, config: JobConfig, recipes: Sequence[Recipe], devic
         )  # fmt: skip
     if outside > held + step:
         basis = (
-            f"the largest tensors outside the decoder layers, {gigabytes(max(_outside_bytes(facts)))}, while they are "
+            f"the largest tensors outside the decoder layers, {amount(max(_outside_bytes(facts)))}, while they are "
             "read and stored; each decoder layer takes less"
         )
         advice = ()
     else:
         basis = (
-            f"one decoder layer at a time: its weights in 32 bits ({gigabytes(4 * layer.weights)}), Gram matrices of "
-            f"its inputs ({gigabytes(layer.grams)}) and what is derived from them while {_doing(name)}"
+            f"one decoder layer at a time: its weights in 32 bits ({amount(4 * layer.weights)}), Gram matrices of "
+            f"its inputs ({amount(layer.grams)}) and what is derived from them while {_doing(name)}"
         )
-        basis += f", and activations of {tokens:,} tokens ({gigabytes(held)})" if held > 0.1 * step else ""
+        basis += f", and activations of {tokens:,} tokens ({amount(held)})" if held > 0.1 * step else ""
     sums = PROGRAM_BYTES + max(outside, held + step)
     return MemoryNeed("quantize", "memory", int(LOW * sums), int(HIGH * sums), basis, advice)
 
@@ -191,8 +191,8 @@ def _aqlm(facts: QuickFacts, config: JobConfig, device: str) -> MemoryNeed:
     outside = _outside(facts)
     sums = (PROGRAM_BYTES if device == "cpu" else CUDA_BYTES) + max(step + held, outside if device == "cpu" else 0)
     basis = (
-        f"one decoder layer at a time: its weights in several copies ({gigabytes(4 * layer.weights)} each in 32 bits), "
-        f"Gram matrices ({gigabytes(layer.grams)})"
+        f"one decoder layer at a time: its weights in several copies ({amount(4 * layer.weights)} each in 32 bits), "
+        f"Gram matrices ({amount(layer.grams)})"
     )
     basis += ", and what training a layer keeps for its backward pass" if trains else ""
     basis += "; tuning the whole model afterwards needs more: the model in 16 bits at least" if settings.tunes else ""
@@ -211,8 +211,8 @@ def _package(facts: QuickFacts, config: JobConfig, engine: str, device: str) -> 
     activations = 2 * tokens * _hidden(facts) * 2 if engine != "modelopt" else 0
     base = PROGRAM_BYTES if device == "cpu" else CUDA_BYTES
     low = base + 2 * weights + activations + (layer.grams if engine == "llmcompressor" else 0)
-    basis = f"the whole model in 16 bits ({gigabytes(2 * weights)}), which {_TITLES[engine]} keeps in memory"
-    basis += f", and activations of {tokens:,} tokens ({gigabytes(activations)})" if activations else ""
+    basis = f"the whole model in 16 bits ({amount(2 * weights)}), which {_TITLES[engine]} keeps in memory"
+    basis += f", and activations of {tokens:,} tokens ({amount(activations)})" if activations else ""
     high = int(PACKAGES_HIGH * low) + PACKAGES_MORE
     if engine == "modelopt" and device == "cpu":
         high += 2 * weights
@@ -238,7 +238,7 @@ def _measuring(facts: QuickFacts, config: JobConfig, device: str) -> MemoryNeed 
     keys = [key for key, on in (("EVALUATION.ENABLED", evaluates), ("BENCHMARK.ENABLED", times)) if on]
     return MemoryNeed(
         "measure", "memory" if device == "cpu" else "memory of the GPU", low, int(HIGH * (low + logits)),
-        f"the 16-bit model, {gigabytes(weights)}, is loaded whole to be compared with",
+        f"the 16-bit model, {amount(weights)}, is loaded whole to be compared with",
         (f"{' and '.join(keys)}: false, which leaves the comparison out",),
     )  # fmt: skip
 

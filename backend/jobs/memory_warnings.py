@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backend.jobs.memory_estimate import MemoryNeed
-from backend.jobs.room import gigabytes
+from backend.jobs.room import amount
 
 PARTS = {"quantize": "Quantizing", "measure": "Measuring"}
 
@@ -24,9 +24,9 @@ def memory_warnings(needs: Sequence[MemoryNeed], free: int, total: int) -> tuple
 def _warning(need: MemoryNeed, free: int, total: int) -> str:
     there = "this machine" if need.where == "memory" else "the GPU"
     if need.low > total:
-        told = f"and {there} has {gigabytes(total)}: it will not fit."
+        told = f"and {there} has {amount(total)}: it will not fit."
     else:
-        told = f"and {gigabytes(free)} are free now, of {gigabytes(total)}: it may not fit."
+        told = f"and {amount(free)} are free now, of {amount(total)}: it may not fit."
     advice = [*need.advice, "a machine with more memory" if need.low > total else "ending what else runs here"]
     return (
         f"{PARTS[need.what]} needs {told_range(need)} of {need.where}, {told} Try {', or '.join(advice)}. "

@@ -53,19 +53,19 @@ def check_room(home: Home, config: JobConfig, room: Room, n_results: int) -> Non
     together = room.download > 0 and _device(results) == _device(cache)
     if not together and room.download > (free := free_bytes(cache)):
         raise ConfigError(
-            f"the model's download has {gigabytes(room.download)}, and the disk of {existing_folder(cache)} has "
-            f"{gigabytes(free)} free; {advice}",
+            f"the model's download has {amount(room.download)}, and the disk of {existing_folder(cache)} has "
+            f"{amount(free)} free; {advice}",
             key="CACHE_PATH" if config.CACHE_PATH else "USER_FOLDER",
             value=config.CACHE_PATH or config.USER_FOLDER,
         )
     needs = "its result needs" if n_results == 1 else f"its {n_results} results need"
-    told = f"{needs} up to {gigabytes(room.results)} while they are made"
+    told = f"{needs} up to {amount(room.results)} while they are made"
     if together:
-        told = f"the model's download has {gigabytes(room.download)}, {told}"
+        told = f"the model's download has {amount(room.download)}, {told}"
     free = free_bytes(results)
     if room.results + (room.download if together else 0) > free:
         raise ConfigError(
-            f"{told}, and the disk of {existing_folder(results)} has {gigabytes(free)} free; {advice}",
+            f"{told}, and the disk of {existing_folder(results)} has {amount(free)} free; {advice}",
             key="USER_FOLDER",
             value=config.USER_FOLDER,
         )
@@ -75,6 +75,6 @@ def _device(folder: Path) -> int:
     return os.stat(existing_folder(folder)).st_dev
 
 
-def gigabytes(n_bytes: float) -> str:
+def amount(n_bytes: float) -> str:
     """A size for people, three digits."""
-    return f"{n_bytes / 1e9:.3g} GB"
+    return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3g} MB"

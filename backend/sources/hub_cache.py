@@ -19,6 +19,7 @@ from backend.sources.models import is_repo_id
 from backend.sources.quick_check import quick_check
 
 MAIN = "main"
+NOT_WHOLE = "its files are not whole"
 KEPT_S = 20.0
 MOST_KEPT = 16
 _kept: dict[tuple[Path, ...], tuple[float, Inventory]] = {}
@@ -178,7 +179,7 @@ def _refused(folder: Path, changed: float) -> str | None:
     try:
         quick_check(folder)
     except CheckpointError as error:
-        return f"its files are not whole: {_without(folder, error.message)}"
+        return f"{NOT_WHOLE}: {_without(folder, error.message)}"
     except (ModelError, OSError, TypeError, ValueError) as error:
         return _without(folder, error.message if isinstance(error, ModelError) else "it cannot be read")
     return None

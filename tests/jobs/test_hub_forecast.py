@@ -105,7 +105,7 @@ def test_pickles_are_refused_or_converted_later(home, inspected, tmp_path, setti
 def test_a_disk_without_room_for_the_download_is_told(home, inspected, monkeypatch):
     inspected(MODEL_DIR)
     monkeypatch.setattr("backend.jobs.room.free_bytes", lambda path: 20_000_000)
-    with pytest.raises(ConfigErrors, match="download has 0.01.* its result needs up to .* free some space"):
+    with pytest.raises(ConfigErrors, match="download has 12.7 MB, its result needs up to .* free some space"):
         check_job(config_of(), home)
     assert check_job(config_of(MODEL="quantdeck/demo"), home).room.download == 0  # which fits
     monkeypatch.setattr("backend.jobs.room._device", lambda folder: str(folder))  # the cache has a disk of its own
@@ -153,7 +153,7 @@ def test_the_command_asks_the_hub_only_when_told_to(home, inspected, tmp_path, c
     assert "MB of weights" not in capsys.readouterr().out
     assert cli.main([*command, "--online"]) == 0 and asked
     told = capsys.readouterr().out
-    assert "MB of weights" in told and "nothing downloaded" in told and "GB of download and up to" in told
+    assert "MB of weights" in told and "nothing downloaded" in told and "12.7 MB of download and up to" in told
 
 
 def test_own_code_waits_for_the_download(home, inspected, tmp_path):

@@ -107,7 +107,7 @@ def test_what_is_added_up_is_told_with_what_would_need_less(monkeypatch):
     monkeypatch.setattr(memory_estimate, "has_bfloat16", lambda: True)
     wide = llama(WIDE)
     both = needs(wide, **native(METHOD="AWQ+GPTQ"))[0]
-    assert "one decoder layer at a time: its weights in 32 bits (0.872 GB)" in both.basis
+    assert "one decoder layer at a time: its weights in 32 bits (872 MB)" in both.basis
     assert "CORRECT: false" in both.advice[0]
     plain = needs(wide, **native(METHOD="AWQ+GPTQ", CORRECT=False))[0]
     assert plain.high < 0.75 * both.high

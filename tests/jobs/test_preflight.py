@@ -185,7 +185,7 @@ def test_awq_below_4_bits_is_advised_against(home, algorithm, section, told):
 def test_a_full_disk_is_told_with_what_is_needed_and_free(home, monkeypatch):
     monkeypatch.setattr("backend.jobs.room.free_bytes", lambda path: 1_000_000)
     message = problems(home, **native(W_BIT=[4, 3]))["USER_FOLDER"]
-    assert "its 2 results need up to" in message and "0.001 GB free" in message
+    assert "its 2 results need up to" in message and "1 MB free" in message
 
 
 def test_an_engine_that_is_not_installed_is_told_at_its_key(home, monkeypatch, tmp_path):

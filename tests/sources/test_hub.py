@@ -129,6 +129,12 @@ def test_an_ill_hub_is_told_in_words_and_asked_again_later(home, serve, monkeypa
     assert [model.id for model in hub.search(home, "small")] == ["team/small"]
 
 
+def test_a_token_without_the_right_to_read_is_told(home, serve, tmp_path):
+    serve({"team/small": tmp_path}, faults=["api-403"])
+    with pytest.raises(ModelError, match="forbids access .403.; the token may lack the right"):
+        hub.inspect(home, "team/small")
+
+
 def test_a_hub_that_never_answers_is_given_up(home, serve, monkeypatch):
     monkeypatch.setattr(hub, "SEARCH_LIMIT_S", 3.0)
     serve({}, faults=["api-hang"])

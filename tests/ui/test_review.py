@@ -130,7 +130,7 @@ def test_time_and_memory_are_told_from_an_earlier_job_only(home):
     assert "no basis yet" in review_html(first)
     job = JobStore(home).create(TEMPLATE, first.config, device=first.checked.device)
     weights = model_facts(MODEL_DIR).weight_bytes
-    rows = [{"metric": "size", "baseline": weights, "quantized": weights // 3}]
+    rows = [{"metric": "size", "baseline": weights / 1e6, "quantized": weights / 3e6, "unit": "MB"}]
     timings = {"download": {"wall_s": 5.0}, "calibrate": {"wall_s": 20.0}, "quantize": {"wall_s": 10.0},
                "evaluate_baseline": {"wall_s": 99.0}}  # fmt: skip
     result = {"rows": rows, "timings": timings, "peak_rss_bytes": 2_000_000_000}
