@@ -307,7 +307,8 @@ def notices(job: Job) -> str:
 
 
 def _told(job: Job) -> str:
-    retry = "" if job.deleted_at else RETRY
+    told_already = "resume" in f"{job.reason} {advice(job.outcome) if job.outcome else ''}".lower()
+    retry = "" if job.deleted_at or told_already else RETRY
     if job.state == "failed":
         reason = (job.reason or "No reason was recorded; see the log").rstrip(".") + "."
         single = job.artefact and len(results_of(job.result)) < 2

@@ -181,6 +181,7 @@ def test_a_failure_tells_what_can_be_done():
     assert layout.esc(outcomes.advice("out_of_memory")) in html
     told = jobview.overview(job("failed", reason="killed", outcome="a code of the future"))
     assert "This job failed" in told and "To retry it, press Resume" in told
+    assert "To retry it" not in jobview.overview(job("failed", reason="no space; resume the job when there is some"))
     assert 'title="Retry: go on' in jobview.actions(job("failed"), here=True)
 
 
