@@ -15,7 +15,7 @@ from ui.layout import esc
 
 POINTS = 600  # of a line; more are not told apart
 BAND = "rgba(127,139,155,0.13)"
-NAMED = 0.16  # share of the width from which on a stage's name fits into its band, on a phone as well
+NAMED = 0.2  # share of the width from which on a stage's name fits into its band, on a phone as well
 UPPER, LOWER = (0.42, 1.0), (0.0, 0.3)
 
 
@@ -53,22 +53,26 @@ def usage_chart(samples: Sequence[Sample], algorithm: str) -> go.Figure:
         x=x, y=[one.cores for one in shown], name="Cores", yaxis="y2", mode="lines", showlegend=False,
         line={"color": charts.SERIES[2], "width": 1.6}, hovertemplate="%{y:.3~g} in use",
     )  # fmt: skip
-    _gpu_lines(figure, shown, x, byte, byte_unit)
     charts.layout(figure, "Memory and processors", f"memory ({byte_unit})", 330)
     figure.update_layout(
         yaxis={"domain": UPPER},
         yaxis2={"domain": LOWER, "title": {"text": "cores", "standoff": 8}, "rangemode": "tozero", "nticks": 4},
-        showlegend=any(one.gpus for one in shown),
+        showlegend=False,
         hoversubplots="axis",
         uirevision=unit,  # a zoom into seconds means nothing once minutes are drawn
         shapes=_bands(x, names),
         annotations=_band_names(x, names),
     )
+    _gpu_lines(figure, shown, x, byte, byte_unit)
     return figure.update_xaxes(title={"text": f"{unit} of work"}, anchor="y2", rangemode="tozero")
 
 
 def _gpu_lines(figure: go.Figure, shown: Sequence[Sample], x: Sequence[float], byte: float, byte_unit: str) -> None:
-    for i, index in enumerate(sorted({gpu.index for one in shown for gpu in one.gpus})):
+    indices = sorted({gpu.index for one in shown for gpu in one.gpus})
+    if indices:  # below: above are the names of the stages
+        below = {"orientation": "h", "x": 0, "y": -0.28, "yanchor": "top"}
+        figure.update_layout(showlegend=True, legend=below, height=392, margin={"b": 106})
+    for i, index in enumerate(indices):
         uses = [next((gpu for gpu in one.gpus if gpu.index == index), None) for one in shown]
         line = {"color": charts.SERIES[(1, 3, 4, 5)[i % 4]], "width": 1.8}
         figure.add_scatter(

@@ -136,7 +136,7 @@ def test_a_job_s_samples_name_its_stages_and_go_on_after_its_runner_was_killed(j
     assert {one.attempt for one in samples} == {1, 2}
     for attempt in (1, 2):
         own = [one for one in samples if one.attempt == attempt]
-        assert [one.at for one in own] == sorted(one.at for one in own) and own[0].at < 5.0
+        assert [one.at for one in own] == sorted(one.at for one in own)
         assert all(10 * MB < one.memory < 2000 * MB and one.cores >= 0 and one.gpus == () for one in own)
     jobs.is_over(job)
 

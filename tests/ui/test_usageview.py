@@ -67,6 +67,7 @@ def test_gpus_have_lines_of_their_own_and_are_told_with_what_they_have():
     assert list(drawn["GPU 0 memory"].y) == [20, 40] and list(drawn["GPU 2 memory"].y) == [10, None]
     assert list(drawn["GPU 0 busy"].y) == [50, 100] and "GPU 2 busy" not in drawn
     assert drawn["GPU 0 busy"].yaxis == "y3" and list(figure.layout.yaxis3.range) == [0, 100]
+    assert figure.layout.yaxis3.title.text == "GPU busy (%)" and figure.layout.yaxis2.title.text == "cores"
     assert figure.layout.showlegend and figure.layout.yaxis.title.text == "memory (GB)"
     words = usage_words(samples, "Native", running=False)
     assert "GPU 0: at most 40.0 GB of 80.0 GB, busy 75 % of the time." in words
