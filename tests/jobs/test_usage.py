@@ -141,6 +141,17 @@ def test_a_job_s_samples_name_its_stages_and_go_on_after_its_runner_was_killed(j
     jobs.is_over(job)
 
 
+def test_of_several_gpus_the_jobs_own_is_noted(jobs, tmp_path):
+    rows = [{"uuid": "GPU-a"}, {"uuid": "GPU-b", "used_bytes": 3 * MB, "total_bytes": 9 * MB, "busy": 70}]
+    (tmp_path / "gpus.json").write_text(json.dumps(rows))
+    job = jobs.create({"name": "w4", "settings": {"sleep_s": 0.4}}, device="cuda:1")
+    jobs.launch(job, resources=("gpu:GPU-b",), **{devices.FAKE_GPUS: str(tmp_path / "gpus.json")})
+    assert jobs.until(job).state == "succeeded"
+    assert {one.gpus for one in read_usage(jobs.home.run_dir(job.uid) / USAGE_FILE)} == {
+        (GpuUse(1, 3 * MB, 9 * MB, 70),)
+    }
+
+
 def test_the_peak_of_a_program_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(usage, "EVERY_S", 0.05)
     path, code = tmp_path / USAGE_FILE, "held = b'x' * 150_000_000; print('on', flush=True); input()"
