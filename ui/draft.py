@@ -125,11 +125,14 @@ def _unfit(document: Document) -> set[str]:
 
 
 def _opened(field: FormField, value: Any, *, unfit: bool) -> Any:
-    """What a control shows for a file's value; nothing for one that is no text but has to be."""
+    """What a control shows for a file's value; nothing if that would stand for another kind of value.
+
+    `SPLIT: 2024` is no text and `SAMPLES: "8"` no number: typed into the form they are, so they have to be typed.
+    """
     spec = field.spec
-    if unfit and spec.type == "str" and not isinstance(value, str):
-        return ""
-    return to_control(spec, value)
+    shown = to_control(spec, value)
+    typed = spec.type in ("str", "int", "float")
+    return "" if unfit and typed and type(from_control(spec, shown)) is not type(value) else shown
 
 
 def merge(draft: Draft, values: Sequence[Any]) -> Document:

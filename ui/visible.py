@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 
 from backend.schema.facts import full_key, matters
 from ui.draft import FIELDS, Draft, FormField, from_control
@@ -72,11 +73,12 @@ class Visibility:
         for fold, keys in self._folds:
             fold.visible = not set(keys) <= set(hidden)
 
-    def connect(self, wrong: gr.State) -> None:
+    def connect(self, wrong: gr.State, checked: Dependency) -> None:
         """Follow the controls, and what is wrong with them.
 
         Args:
             wrong: Dotted key -> message.
+            checked: The listener that fills it.
         """
         controlling = [self._controls[field.key] for field in CONTROLLING]
         conditional = [self._controls[field.key] for field in CONDITIONAL]
@@ -84,12 +86,16 @@ class Visibility:
         def on_visible(before: dict[str, list[str]], told: dict[str, str], *values: Any) -> list[Any]:
             return self.changes(before, told, values)
 
-        gr.on(
-            [*(control.change for control in controlling), wrong.change],
-            on_visible, [self._state, wrong, *controlling],
-            [self._state, *conditional, *(fold for fold, _ in self._folds)],
-            trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
-        )  # fmt: skip
+        told: dict[str, Any] = {
+            "fn": on_visible,
+            "inputs": [self._state, wrong, *controlling],
+            "outputs": [self._state, *conditional, *(fold for fold, _ in self._folds)],
+            "show_progress": "hidden",
+            "queue": False,
+            "api_visibility": "private",
+        }
+        gr.on([control.change for control in controlling], trigger_mode="always_last", **told)
+        checked.then(**told)
 
     def changes(self, before: Mapping[str, Sequence[str]], told: Mapping[str, str], values: Sequence[Any]) -> list[Any]:
         """What has to change in the page.

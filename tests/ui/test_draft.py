@@ -64,6 +64,8 @@ def test_a_value_that_no_control_can_show_is_kept_and_reported():
         ("W_BIT: 4", "W_BIT: [4, 5]", "llm.AutoAWQ.W_BIT", [4], 4),
         ('VERSION: "GEMM"', "VERSION: MARLIN", "llm.AutoAWQ.VERSION", "GEMM", "GEMM"),
         ('SPLIT: "train"', "SPLIT: 2024", "SPLIT", "2024", "2024"),
+        ('TASK: "llm"', 'CALIBRATION: {SAMPLES: "8"}', "CALIBRATION.SAMPLES", "8", 8),
+        ('TASK: "llm"', "CALIBRATION: {SAMPLES: 8.0}", "CALIBRATION.SAMPLES", "8", 8),
         (
             'TASK: "llm"',
             "EVALUATION: {PROTOCOLS: [full_window, x]}",
@@ -195,7 +197,8 @@ def test_exceptions_that_cannot_be_read_are_reported_at_their_control(typed):
 @pytest.mark.parametrize(
     ("typed", "written"),
     [
-        ("", None), ("  ", None), ("64", 64), (" 64 ", 64), (64, 64), ("2.0", 2), ("0.5", 0.5), (".5", 0.5), ("1e-9", 1e-9),
+        ("", None), ("  ", None), ("64", 64), (" 64 ", 64), (64, 64), ("2.0", 2), ("0.5", 0.5), (".5", 0.5),
+        ("1e-9", 1e-9),
         ("-1", -1), ("many", "many"), ("1,000", "1,000"), ("1e400", "1e400"), ("nan", "nan"), ("0x10", "0x10"),
         ("9007199254740993", 9007199254740993),
     ],

@@ -19,7 +19,7 @@ from ui.site import build_site
 
 ROOT = Path(__file__).parents[2]
 CHOICE = (gr.Radio, gr.Dropdown)
-KINDS = {"bool": gr.Checkbox, "choice": CHOICE, "int_choice": CHOICE, "int": gr.Number, "float": gr.Number}
+KINDS = {"bool": gr.Checkbox, "choice": CHOICE, "int_choice": CHOICE, "int": gr.Textbox, "float": gr.Textbox}
 
 
 @pytest.fixture(scope="module")

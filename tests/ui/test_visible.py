@@ -157,7 +157,8 @@ def test_what_is_wrong_is_shown_wherever_it_is(laid_out):
 def test_all_folds_of_the_page_follow_their_settings(tmp_path):
     home = Home.at(tmp_path)
     site = build_site(home, ChatPair(home))
-    (listener,) = [fn for fn in site.fns.values() if fn.name == "on_visible"]
+    listener, after_checks = [fn for fn in site.fns.values() if fn.name == "on_visible"]
+    assert (listener.inputs, listener.outputs) == (after_checks.inputs, after_checks.outputs)
     folds = [block for block in listener.outputs if isinstance(block, gr.Accordion)]
     assert {fold.label for fold in folds} >= {"Tuning text", "Reference procedure", "Benchmark lengths and repetitions"}
     assert len(listener.outputs) == 1 + len(CONDITIONAL) + len(folds) and len(listener.inputs) == 2 + len(CONTROLLING)

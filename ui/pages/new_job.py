@@ -139,14 +139,15 @@ def build(demo: gr.Blocks, home: Home) -> None:
         *importer.connect(opening),
     ]  # fmt: skip
     for event in filling:
-        event.then(on_filled, [filled], [filled], show_progress="hidden", queue=False, api_visibility="private")
-    Visibility(form, first).connect(wrong)
-    gr.on(
+        # In the queue: outside of it nobody hears of a changed State.
+        event.then(on_filled, [filled], [filled], show_progress="hidden", api_visibility="private")
+    checked = gr.on(
         # A control that changes while others still do sends their old values; the Hub tells late.
         [*(c.change for c in controls), filled.change, picker.facts.change],
         on_change, [draft, wrong, *controls], [summary, yaml, command, wrong, *controls],
         trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
     )  # fmt: skip
+    Visibility(form, first).connect(wrong, checked)
     gr.on(
         [demo.load, form.controls["ALGORITHM"].change],
         on_algorithm, [form.controls["ALGORITHM"]], list(sections.values()),
