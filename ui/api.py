@@ -19,6 +19,7 @@ from backend.jobs.results import result_object
 from backend.jobs.states import ACTIVE, FINAL
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
+from backend.schema import parse_file
 from ui.guard import NO_LOGIN
 from ui.reading import MAX_UID, briefly, whole
 
@@ -36,9 +37,9 @@ def add_api(home: Home) -> None:
     """Adds the endpoints to the Blocks of the present context."""
 
     def submit(yaml: str, request: gr.Request) -> dict:
-        """Check a job file and queue the job; answers as `status`."""
+        """Check a job file, in YAML or JSON, and queue the job; answers as `status`."""
         with told_plainly():
-            text = _text("yaml", yaml)
+            text = parse_file(_text("yaml", yaml)).dump()
             return job_facts(control.submit(home, text, confined=True, actor=actor_of(request)))
 
     def status(job_id: str) -> dict:

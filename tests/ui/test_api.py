@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
@@ -16,6 +17,7 @@ from backend import accounts
 from backend.jobs import launch
 from backend.jobs.store import JobStore
 from backend.paths import PROJECT, Home
+from backend.schema import parse_yaml
 from tests.conftest import demo_text
 from tests.security.site import PASSWORD, SECRETS, add_job, running
 
@@ -49,6 +51,15 @@ def run_block(text: str, origin: str) -> dict:
     exec(compile(text.replace("http://127.0.0.1:7860", origin), "docs/api.md", "exec"), names)
     names["client"].close()
     return names
+
+
+def test_a_job_file_in_json_is_queued_as_yaml(site, client, no_scheduler):
+    values = parse_yaml(demo_text("from-json")).values
+    job = client.predict(yaml=json.dumps(values, indent="\t"), api_name="/submit")
+    text = JobStore(site.home).get(job["uid"]).config_yaml
+    assert text.startswith('MODEL: "quantdeck/demo"') and parse_yaml(text).values == values
+    with pytest.raises(AppError, match="not valid JSON: line 1, column 9"):
+        client.predict(yaml='{"A": 1,, "B": 2}', api_name="/submit")
 
 
 def test_the_docs_example_runs_a_job_to_its_numbers(tmp_path, capsys):

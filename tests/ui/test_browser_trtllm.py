@@ -30,7 +30,7 @@ def test_the_guides_job_runs_from_the_page_up_to_where_a_gpu_is_needed(address, 
     page.get_by_role("option", name=re.compile("tensorrtllm_guide")).click()
     expect(page.get_by_text("tensorrtllm_guide.yaml is in the form")).to_be_visible(timeout=STEP_MS)
     expect(page.locator("#yaml")).to_contain_text("...other params", timeout=STEP_MS)
-    for key, value in {"MODEL": "quantdeck/demo", "DATASET_NAME": "quantdeck/demo", "DATASET_SUBNAME": ""}.items():
+    for key, value in {"DATASET_SUBNAME": "", "MODEL": "quantdeck/demo", "DATASET_NAME": "quantdeck/demo"}.items():
         fill(page, key, value)
     expect(page.locator("#review")).to_contain_text("needs an NVIDIA GPU, and there is none here", timeout=STEP_MS)
     expect(page.locator("#review")).to_contain_text("4.26")
