@@ -49,7 +49,7 @@ class ModelPicker:
                 self.token = gr.Textbox(
                     label="Token", type="password", max_lines=1, elem_id="hub-token-text",
                     info="From Settings, Access Tokens, on the Hub; the right to read is enough. It is kept in a "
-                    "private file of this machine, used by searches and downloads, and never shown again.",
+                    "private file of this machine, used by searches, previews and downloads, and never shown again.",
                 )  # fmt: skip
                 with gr.Row():
                     self.save = gr.Button("Save token", size="sm", elem_id="hub-token-save")

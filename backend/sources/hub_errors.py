@@ -76,7 +76,8 @@ def dataset_error(error: BaseException, name: str) -> DataError | None:
     chain = list(_causes(error))
     instead = f"DATA_PATH and '{DEMO}', the built-in text, need no network"
     status = next((code for one in chain if (code := _status(one))), 0)
-    if any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain):
+    offline = errors.OfflineModeIsEnabled
+    if any(isinstance(one, offline) or offline.__name__ in str(one) for one in chain):
         told = f"{name} is not on this machine, and the Hub is not asked, since HF_HUB_OFFLINE is set. {instead}"
     elif any(isinstance(one, errors.GatedRepoError) or "is a gated dataset" in str(one) for one in chain):
         told = f"{name} is gated: accept its conditions on its Hub page, then {TOKEN_ADVICE}"
@@ -91,7 +92,7 @@ def dataset_error(error: BaseException, name: str) -> DataError | None:
     elif status >= 500:
         told = f"{name}: the Hub is ill (it answers {status}); try again later. {instead}"
     elif reason := next((str(one).strip().partition("\n")[0] for one in chain if _is_network(one)), ""):
-        told = f"{name}: the connection to the Hub broke off ({reason}); check the network. {instead}"
+        told = f"{name}: the connection to the Hub failed ({reason}); check the network. {instead}"
     else:
         return None
     return DataError(f"DATASET_NAME: {told}")

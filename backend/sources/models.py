@@ -107,7 +107,7 @@ def resolve_model(config: JobConfig, home: Home, *, confined: bool = False) -> M
             raise ConfigErrors([ConfigError(message, key=key, value=name)])
         return ModelSource(name, folder, "local")
     if not is_repo_id(name):
-        message = f"found {name!r}, which is neither a folder nor a Hub id like 'organisation/name'"
+        message = f"found {name!r}, which is neither a folder nor a Hub id like 'organisation/name'; give one of them"
         raise ConfigErrors([ConfigError(message, key=key, value=name)])
     return ModelSource(name, None, "hub")
 

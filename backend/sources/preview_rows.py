@@ -224,7 +224,9 @@ def preview_rows(request: dict[str, Any]) -> dict[str, Any]:
     sequences, problem = _read(reader, rows, request)
     if not reader.read:
         late = f"no row of {source.label} could be read in {request['seconds']:.0f} s"
-        raise DataError(late if bounded.stopped else f"{source.label} has no rows; calibration needs text")
+        raise DataError(
+            late if bounded.stopped else f"{source.label} has no rows; choose another file, split or dataset"
+        )
     return {
         "label": source.label,
         "unit": "tokens" if reader.counts_tokens else "characters",

@@ -92,7 +92,7 @@ def _as_row(source: TextSource, number: int, record: dict[str, Any]) -> Calibrat
     if missing:
         raise DataError(
             f"TEXT_COLUMN: row {number + 1} of {source.label} has no column {missing[0]!r}; "
-            f"it has {', '.join(map(str, record))}"
+            f"it has {', '.join(map(str, record))}; choose among these"
         )
     if not source.template and is_messages(record[source.columns[0]]):
         return record[source.columns[0]]
@@ -142,7 +142,7 @@ class _Picked(Sequence[Any]):
 def _records(source: TextSource, cache_dir: Path | None) -> Iterable[dict[str, Any]]:
     if source.path is None and source.name == DEMO:
         if source.split not in TEXT_FILES:
-            raise DataError(f"SPLIT: found {source.split!r}; {DEMO} has {', '.join(TEXT_FILES)}")
+            raise DataError(f"SPLIT: found {source.split!r}; {DEMO} has {', '.join(TEXT_FILES)}; choose one")
         return _json_lines(TEXT_FILES[source.split])
     if source.path is None:
         return _hub(source, cache_dir)
@@ -153,7 +153,9 @@ def _records(source: TextSource, cache_dir: Path | None) -> Iterable[dict[str, A
     if reader is None:
         raise DataError(f"DATA_PATH: found {source.path.name}; a file must be one of {', '.join(FILE_KINDS)}")
     if not source.path.is_file():
-        raise DataError(f"DATA_PATH: {source.path} is not a regular file")
+        raise DataError(
+            f"DATA_PATH: {source.path} is not a regular file; give {', '.join(FILE_KINDS)}, or a saved folder"
+        )
     return _readable(reader(source.path), source.path)
 
 
@@ -162,9 +164,9 @@ def _readable(rows: Iterator[dict[str, Any]], path: Path) -> Iterator[dict[str, 
     try:
         yield from rows
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (csv.Error, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{path} cannot be read: {error}; check the file and its rights, or give another") from None
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -175,10 +177,10 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+                raise DataError(f"{path}, line {number}: not JSON ({error}); write one JSON object per line") from None
             if not isinstance(row, dict):
                 raise DataError(
-                    f"{path}, line {number}: found {type(row).__name__}; each line is an object with the columns"
+                    f"{path}, line {number}: found {type(row).__name__}; make each line an object with the columns"
                 )
             yield row
 
@@ -195,7 +197,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
         for batch in parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
     except ArrowException as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from None
+        raise DataError(f"{path} is not a readable Parquet file: {error}; write or get it again") from None
 
 
 def _plain_text(path: Path) -> Iterator[dict[str, Any]]:
@@ -210,10 +212,12 @@ def _saved_folder(path: Path, split: str) -> Iterable[dict[str, Any]]:
     try:
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise DataError(f"DATA_PATH: {path} is not a dataset saved with save_to_disk: {error}") from None
+        raise DataError(
+            f"DATA_PATH: {path} is not a dataset saved with save_to_disk ({error}); give its folder, or a file"
+        ) from None
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise DataError(f"SPLIT: found {split!r}; {path} has {', '.join(map(str, data))}")
+            raise DataError(f"SPLIT: found {split!r}; {path} has {', '.join(map(str, data))}; choose one")
         data = data[split]
     return data
 
@@ -262,4 +266,6 @@ def check_rows(source: TextSource, limit: int = 3) -> None:
     """
     rows = read_rows(source)
     if not [row for _, row in zip(range(limit), rows, strict=False)]:
-        raise DataError(f"{source.label} has no rows; calibration needs text")
+        raise DataError(
+            f"{source.label} has no rows, and calibration needs text; choose another file, split or dataset"
+        )

@@ -1,6 +1,7 @@
 """Refusals before any work starts: the key, the value, what is allowed; exit code 2; nothing stored."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -279,3 +280,36 @@ def test_an_incomplete_model_and_other_kinds_are_refused(tmp_path):
     ):
         with pytest.raises(ModelError, match=says):
             quick_check(write_headers(tmp_path / str(number), {"architectures": ["X"], **change}, shapes))
+
+
+DO = {"give", "choose", "use", "set", "get", "write", "save", "run", "check", "free", "make", "supported"}
+"""Words of what somebody is told to do."""
+
+
+def broken_files(folder):
+    for name, content in (
+        ("latin.txt", b"caf\xe9"), ("lines.jsonl", b"no json"), ("list.jsonl", b"[1]"), ("empty.jsonl", b""),
+        ("table.parquet", b"none"), ("other.jsonl", b'{"words": "x"}'), ("short.jsonl", b'{"text": "x"}'),
+    ):  # fmt: skip
+        (folder / name).write_bytes(content)
+        yield {"DATA_PATH": str(folder / name)}
+    (folder / "folder").mkdir()
+    yield {"DATA_PATH": str(folder / "folder")}
+
+
+def test_every_refusal_says_what_to_do(home, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    experts = copy_model(tmp_path / "experts", num_local_experts=8)
+    cut = copy_model(tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes(b"x" * 40)
+    narrow = narrow_model(tmp_path / "narrow")
+    monkeypatch.setenv("QUANTDECK_ENVIRONMENTS", str(tmp_path / "none"))
+    cases = [
+        *broken_files(tmp_path / "data"),
+        {"MODEL": str(experts)}, {"MODEL": str(cut)}, {"MODEL": str(narrow)}, {"MODEL": "/none"}, {"MODEL": "a b"},
+        {"SPLIT": "none"}, {"llm": {"AutoAWQ": {"ENGINE": "autoawq"}}}, {"DATASET_NAME": "json"},
+        {"TRUST_REMOTE_CODE": True},
+    ]  # fmt: skip
+    for changes in cases:
+        for key, message in problems(home, **changes).items():
+            assert set(re.findall("[a-z]+", message.lower())) & DO, f"{changes}, {key}: {message}"

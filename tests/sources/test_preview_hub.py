@@ -87,7 +87,7 @@ def test_a_connection_that_breaks_off_once_is_mended(home, serve):
     [
         ({"gated": ("team/lines",)}, "team/lines", "team/lines is gated: accept its conditions .* enter a token"),
         ({}, "team/absent", "the Hub has no dataset team/absent, or it is private"),
-        ({"faults": ["api-cut"] * 40}, "team/lines", "the connection to the Hub broke off"),
+        ({"faults": ["api-cut"] * 40}, "team/lines", "the connection to the Hub failed"),
         ({"faults": ["api-429"] * 40}, "team/lines", "the Hub is busy .429, too many requests.; try again"),
     ],
 )

@@ -94,5 +94,5 @@ def test_a_broken_or_foreign_file_is_named(tmp_path, name, content):
 
 def test_a_hub_dataset_without_network_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="DATASET_NAME: nobody/nothing:train cannot be loaded.*DATA_PATH"):
+    with pytest.raises(DataError, match="DATASET_NAME: nobody/nothing is not on this machine.*DATA_PATH"):
         list(read_rows(TextSource("nobody/nothing", None, "train", ("text",)), tmp_path))
