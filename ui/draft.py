@@ -146,6 +146,8 @@ def merge(draft: Draft, values: Sequence[Any]) -> Document:
     for field, shown, value in zip(FIELDS, draft.shown, values, strict=True):
         # A control that shows nothing where something must stand was never filled, e.g. for a value it cannot show.
         unfilled = value is None and field.spec.type in ("choice", "int_choice", "bool")
+        # Gradio's checkbox makes False of nothing as soon as it is drawn, so only a tick counts as chosen there.
+        unfilled = unfilled or (field.spec.type == "bool" and shown is None and value is False)
         if not unfilled and from_control(field.spec, value) != from_control(field.spec, shown):
             document.set(field.path, from_control(field.spec, value))
     return document

@@ -28,7 +28,11 @@ def messages_by_key(problems: Sequence[Problem], draft: Draft, values: Sequence[
     if not any(field is not None for field, *_ in problems):
         return texts
     opened = parse_yaml(draft.text)
-    untouched = {f.key for f, then, now in zip(FIELDS, draft.shown, values, strict=True) if then == now}
+    untouched = {
+        field.key
+        for field, then, now in zip(FIELDS, draft.shown, values, strict=True)
+        if then == now or (then is None and now is False)  # an empty checkbox, drawn
+    }
     for field, key, message in problems:
         if field is None:
             continue

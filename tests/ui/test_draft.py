@@ -88,6 +88,12 @@ def test_a_wrong_value_can_be_put_right_in_the_form(line, wrong, key, pick, writ
     assert value == written and document.config
 
 
+def test_a_checkbox_that_is_only_drawn_does_not_change_a_wrong_value():
+    text = TEMPLATE.replace("ZERO_POINT: true", "ZERO_POINT: maybe")
+    draft = open_draft(text)
+    assert merge(draft, changed(draft, llm__AutoAWQ__ZERO_POINT=False)).dump() == text
+
+
 def test_numbers_that_are_taken_as_text_are_shown():
     draft = open_draft(TEMPLATE.replace('JOB_ID: "my-first-job"', "JOB_ID: 7").replace('CUDA_ID: "0"', "CUDA_ID: 0"))
     shown = dict(zip((f.key for f in FIELDS), draft.shown, strict=True))

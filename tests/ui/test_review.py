@@ -79,6 +79,13 @@ def test_a_value_that_was_typed_has_no_line_of_the_file_that_was_opened(home):
     assert told.startswith("found 'a b'")
 
 
+def test_a_checkbox_with_a_wrong_value_is_told_with_its_line(home):
+    draft = open_draft(TEMPLATE.replace("ZERO_POINT: true", "ZERO_POINT: maybe"))
+    drawn = [False if shown is None else shown for shown in draft.shown]
+    told = messages_by_key(review(home, draft, drawn).problems, draft, drawn)["llm.AutoAWQ.ZERO_POINT"]
+    assert told.startswith("Line ") and "found 'maybe'" in told
+
+
 def test_a_taken_name_is_told_with_a_free_one(home):
     JobStore(home).create(TEMPLATE, parse_yaml(TEMPLATE).config, device="cpu")
     assert "my-first-job-2" in messages_of(home, TEMPLATE)["JOB_ID"]
