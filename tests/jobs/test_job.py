@@ -332,8 +332,9 @@ def test_the_job_goes_on_when_the_process_that_started_it_is_killed(home):
 
 
 def test_a_stage_that_fails_after_saving_keeps_the_model(home):
-    # A window longer than the whole text: known only when the text is tokenized.
-    job = control.submit(home, demo_text("late", EVALUATION={"WINDOW": 131072, "PROTOCOLS": ["full_window"]}))
+    # The questions have to be fetched, and nobody answers: known only when they are asked for.
+    measured = {"PROTOCOLS": [], "TASKS": ["arc_challenge:0:2"], "FIDELITY": False}
+    job = control.submit(home, demo_text("late", EVALUATION=measured))
     ended = until(home, job.uid, lambda j: not j.is_active)
-    assert ended.state == "failed" and "Evaluate baseline" in ended.reason and "131072" in ended.reason
+    assert ended.state == "failed" and "Evaluate baseline" in ended.reason and "arc_challenge" in ended.reason
     assert ended.artefact and check_manifest(Path(ended.artefact)) == []

@@ -142,8 +142,9 @@ def build(demo: gr.Blocks, home: Home) -> None:
         # In the queue: outside of it nobody hears of a changed State.
         event.then(on_filled, [filled], [filled], show_progress="hidden", api_visibility="private")
     checked = gr.on(
-        # A control that changes while others still do sends their old values; the Hub tells late.
-        [*(c.change for c in controls), filled.change, picker.facts.change],
+        # A control that changes while others still do sends their old values, as that of the algorithm would always do
+        # for the demo model; the Hub tells late.
+        [*(c.change for c in controls if c is not form.controls["ALGORITHM"]), filled.change, picker.facts.change],
         on_change, [draft, wrong, *controls], [summary, yaml, command, wrong, *controls],
         trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
     )  # fmt: skip
