@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 from gradio.events import Dependency
 
 from backend.errors import ConfigError, QuantdeckError
@@ -49,6 +50,22 @@ def unopened(html: str = "") -> list[Any]:
     return [gr.skip(), said, *(gr.skip() for _ in FIELDS)]
 
 
+def only_changes(updates: list[Any], present: Sequence[Any]) -> list[Any]:
+    """What `opened` returns, without the values that the controls show already: drawing all of them takes seconds.
+
+    Args:
+        updates: As `opened` returns them.
+        present: What the controls show, in the order of `FIELDS`.
+    """
+    said, shown = updates[: -len(FIELDS)], updates[-len(FIELDS) :]
+    return said + [gr.skip() if same(new, old) else new for new, old in zip(shown, present, strict=True)]
+
+
+def same(new: Any, old: Any) -> bool:
+    """Whether a control that shows `old` would not change by showing `new`."""
+    return type(new) is type(old) and bool(new == old)
+
+
 class Importer:
     """The folded part with the file and the text; laid out where it is made."""
 
@@ -60,17 +77,18 @@ class Importer:
             self._pasted = gr.Textbox(label="or paste it here", lines=6, max_lines=14, elem_id="yaml-paste")
             self._fill = gr.Button("Fill the form from this text", elem_id="yaml-fill")
 
-    def connect(self, opening: Mapping[str, Any]) -> list[Dependency]:
+    def connect(self, controls: Sequence[Component], opening: Mapping[str, Any]) -> list[Dependency]:
         """Let both fill the form.
 
         Args:
+            controls: In the order of `FIELDS`.
             opening: Arguments of their listeners; `outputs` are those of `opened`.
 
         Returns:
             The listeners.
         """
 
-        def on_upload(path: str | None) -> list[Any]:
+        def on_upload(path: str | None, *present: Any) -> list[Any]:
             if path is None:
                 return unopened()
             file = Path(path)
@@ -78,14 +96,14 @@ class Importer:
                 text = decode_yaml(_read(file), file.name)
             except QuantdeckError as error:
                 return unopened(unreadable_html(error, file.name))
-            return opened(text, file.name)
+            return only_changes(opened(text, file.name), present)
 
-        def on_paste(text: str) -> list[Any]:
-            return opened(text or "", "The pasted file")
+        def on_paste(text: str, *present: Any) -> list[Any]:
+            return only_changes(opened(text or "", "The pasted file"), present)
 
         made = [
-            self._upload.upload(on_upload, [self._upload], **opening),
-            self._fill.click(on_paste, [self._pasted], **opening),
+            self._upload.upload(on_upload, [self._upload, *controls], **opening),
+            self._fill.click(on_paste, [self._pasted, *controls], **opening),
         ]
         for event in made:
             event.then(None, None, None, js=SHOW_REPORT, api_visibility="private")

@@ -12,8 +12,8 @@ import pytest
 from backend.schema import parse_yaml
 from tests.conftest import EXAMPLES
 from tests.schema.test_reading import WRONG
-from ui.draft import FIELDS, merge
-from ui.importer import FILE_TYPES, opened, unopened
+from ui.draft import FIELDS, TEMPLATE, merge, open_draft
+from ui.importer import FILE_TYPES, only_changes, opened, unopened
 from ui.importview import MOST_SHOWN
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -85,3 +85,16 @@ def test_a_long_list_of_remarks_is_cut():
     text = "".join(f"KEY{number}: 1\n" for number in range(500))
     told = opened(text, "long")[1].value
     assert f"and {500 - MOST_SHOWN} more" in told and len(told) < 20_000
+
+
+def test_only_what_changes_is_drawn_anew():
+    text = TEMPLATE.replace("W_BIT: 4", "W_BIT: [4, 3]")
+    before = open_draft(TEMPLATE)
+    draft, report, *shown = only_changes(opened(text, "mine.yaml"), before.shown)
+    sent = {field.key: value for field, value in zip(FIELDS, shown, strict=True) if value != gr.skip()}
+    assert sent == {"llm.AutoAWQ.W_BIT": [4, 3]} and draft.text == text
+    # A number for a flag is another value, although Python has them equal.
+    flags = [1 if value is True else value for value in draft.shown]
+    again = only_changes([draft, report, *draft.shown], flags)[2:]
+    changed = [field.key for field, value in zip(FIELDS, again, strict=True) if value != gr.skip()]
+    assert changed == [field.key for field, value in zip(FIELDS, draft.shown, strict=True) if value is True]

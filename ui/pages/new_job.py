@@ -22,7 +22,7 @@ from ui.draft import FIELDS, TEMPLATE, Draft, open_draft
 from ui.examples import demo_values, example_text, examples
 from ui.exportview import exports_html
 from ui.fields import Form, fields_of
-from ui.importer import REPORT, Importer, opened, unopened
+from ui.importer import REPORT, Importer, only_changes, opened, unopened
 from ui.layout import esc, notice, page, title
 from ui.marks import mark, messages_by_key
 from ui.modelpicker import ModelPicker
@@ -38,6 +38,11 @@ DATASETS = (
 SUITED = "Its own defaults are the guide's, for models of billions of parameters."
 TUNING_DATASET = "llm.AQLM.FINETUNE_DATA.DATASET_NAME"
 TUNING_DATASETS = (("The calibration text", ""), *DATASETS)
+LOOK, STILL_MS = "look", 150
+LOOK_SOON = f"""() => {{
+  clearTimeout(window.quantdeckLook);
+  window.quantdeckLook = setTimeout(() => document.getElementById('{LOOK}')?.click(), {STILL_MS});
+}}"""
 GO_TO_JOB = "(uid) => { if (uid) window.location.assign('/job?id=' + encodeURIComponent(uid)); }"
 
 
@@ -72,6 +77,7 @@ def build(demo: gr.Blocks, home: Home) -> None:
     wrong = gr.State({})  # what is written at which control
     filled = gr.State(0)  # how often the whole form was filled
     created = gr.Textbox(visible=False)
+    look = gr.Button("Look at the form", visible="hidden", elem_id=LOOK)
     controls = form.ordered()
     opening: dict[str, Any] = {
         "outputs": [draft, told, *controls],
@@ -83,21 +89,21 @@ def build(demo: gr.Blocks, home: Home) -> None:
         uid = request.query_params.get("clone")
         try:
             if uid:
-                return opened(control.clone_text(home, uid), f"A copy of job {uid}")
+                return only_changes(opened(control.clone_text(home, uid), f"A copy of job {uid}"), first.shown)
             text = control.with_free_name(home, parse_yaml(TEMPLATE)).dump()
         except QuantdeckError as error:
             return unopened(notice("error", "The form starts empty", error.message))
         found = open_draft(text)
-        return [found, gr.skip(), *found.shown]
+        return only_changes([found, gr.skip(), *found.shown], first.shown)
 
-    def on_example(name: str | None) -> list[Any]:
+    def on_example(name: str | None, *present: Any) -> list[Any]:
         if not name:
             return unopened()
         try:
             text = control.with_free_name(home, parse_yaml(example_text(name))).dump()
         except QuantdeckError as error:
             return unopened(notice("error", "The example was not opened", error.message))
-        return opened(text, f"{name}.yaml")
+        return only_changes(opened(text, f"{name}.yaml"), present)
 
     def on_change(now: Draft, before: dict[str, str], *values: Any) -> list[Any]:
         found = review(home, now, values)
@@ -131,20 +137,22 @@ def build(demo: gr.Blocks, home: Home) -> None:
         text_preview.connect(home, draft, controls)
     filling = [
         demo.load(on_load, None, **opening),
-        example.input(on_example, [example], **opening),
+        example.input(on_example, [example, *controls], **opening),
         form.controls["ALGORITHM"].input(
             on_chosen, [form.controls["ALGORITHM"], *controls], [told, *controls],
             show_progress="hidden", api_visibility="private",
         ),
-        *importer.connect(opening),
+        *importer.connect(controls, opening),
     ]  # fmt: skip
     for event in filling:
         # In the queue: outside of it nobody hears of a changed State.
         event.then(on_filled, [filled], [filled], show_progress="hidden", api_visibility="private")
+    # Many controls change at once: they are looked at together, once they stand still. Not after the choice of an
+    # algorithm alone, whose sizes for the demo model are on their way then.
+    settling = [c.change for c in controls if c is not form.controls["ALGORITHM"]]
+    gr.on(settling, None, None, None, js=LOOK_SOON, api_visibility="private")
     checked = gr.on(
-        # A control that changes while others still do sends their old values, as that of the algorithm would always do
-        # for the demo model; the Hub tells late.
-        [*(c.change for c in controls if c is not form.controls["ALGORITHM"]), filled.change, picker.facts.change],
+        [look.click, filled.change, picker.facts.change],  # the Hub tells late
         on_change, [draft, wrong, *controls], [summary, yaml, command, wrong, *controls],
         trigger_mode="always_last", show_progress="hidden", queue=False, api_visibility="private",
     )  # fmt: skip
