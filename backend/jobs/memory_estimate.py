@@ -23,10 +23,8 @@ from backend.sources.quick_check import QuickFacts
 PROGRAM_BYTES = 500_000_000  # resident once torch and transformers are imported
 CUDA_BYTES = 600_000_000  # what CUDA itself takes of a GPU, about
 LOW, HIGH = 0.9, 1.2  # of the sum, for the core: measured peaks lie between
-PACKAGES_HIGH, PACKAGES_MORE = (
-    1.3,
-    10**9,
-)  # of the sum and beyond, for packages of others: it is what they cannot do without
+PACKAGES_HIGH = 1.3  # of the sum, for packages of others: it is what they cannot do without
+PACKAGES_MORE = 10**9  # beyond that
 MICROBATCH_TOKENS = 4096  # that pass a layer together
 ACTIVATIONS_LIMIT = 2 * 2**30  # above it they live on disk
 FEEDBACK_WEIGHTS = 2**25  # rounded together by GPTQ, every range tried counting
