@@ -36,6 +36,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+def _restored_environment() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+# A stage's program sets variables for itself; a test that calls one in this process must not set them for the next.
+environment_of_a_module = pytest.fixture(scope="module", autouse=True)(_restored_environment)
+environment_of_a_test = pytest.fixture(autouse=True)(_restored_environment)
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     """An empty home."""

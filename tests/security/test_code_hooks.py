@@ -134,7 +134,8 @@ def test_no_program_asks_transformers_for_remote_code_but_by_the_one_switch() ->
         calls = text.count(".from_pretrained(") - text.count("GenerationConfig.from_pretrained(")
         calls += text.count("AutoModelForCausalLM.from_config(")
         said = text.count("trust_remote_code=False") + text.count("trust_remote_code=remote_code_allowed()")
-        if path.parent.name != "demo" and said < calls:
+        shown = path.name == "loadways.py"  # commands that people run elsewhere, with transformers' own default
+        if path.parent.name != "demo" and not shown and said < calls:
             found.append(f"{path.name}: a load that does not say whether it runs remote code")
         if "torch.load(" in text and text.count("weights_only=True") < text.count("torch.load("):
             found.append(f"{path.name}: torch.load without weights_only")

@@ -222,6 +222,12 @@ def test_a_running_job_and_its_log(address, runner, watched):
     lines = shown_lines(page)
     assert lines == list(range(len(lines)))
 
+    # A second tab shows the same job, and goes on by itself.
+    second = page.context.browser.new_page()
+    second.goto(page.url)
+    sees(second, "#job-head", "Running")
+    wait_until(second, f"document.querySelector('#log [data-lines]').textContent.includes('line {lines[-1] + 3} ')")
+
     # Its memory is drawn and told. The chart grows as it stands there: somebody may have zoomed into it.
     sees(page, "#usage-words", "Now 1.00 GB, 1.5 cores. At most 1.00 GB of memory")
     wait_until(page, "document.querySelector('#usage .js-plotly-plot')?.data")
@@ -283,6 +289,7 @@ def test_a_running_job_and_its_log(address, runner, watched):
     # It ends, and the page says so by itself. Nothing of what the log says became a part of the page.
     runner.ending.set()
     sees(page, "#job-head", "Succeeded")
+    sees(second, "#job-head", "Succeeded")
     # Resumed from elsewhere it is noticed as well, although a job that is over is looked at less often.
     assert runner.store.resume(runner.job.uid, actor="user", attempt=1, redo="measure")
     control.cancel(runner.home, runner.job.uid)
