@@ -191,7 +191,7 @@ class Sampler(threading.Thread):
             with GpuMeter(self._gpus()) as meter:
                 self._sample(UsageFile(self._path), meter)
         except Exception:
-            log.debug("what the job takes is not noted", exc_info=True)
+            log.warning("what the job takes is not noted from here on", exc_info=True)
 
     def _sample(self, file: UsageFile, meter: GpuMeter) -> None:
         began = last = time.monotonic()
