@@ -17,7 +17,8 @@ NEARLY_FULL = 64 * 1024
 BALLAST_BYTES = 2**20
 _WORDS = ("no space left on device", "os error 28", "disk quota exceeded", "disk is full")
 _LEADING_PATH = re.compile(r"(/[^:\n]+): ")
-_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+BYTE_UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
+"""Bytes of each unit in which sizes are told, the largest first."""
 
 
 class DiskFullError(JobError):
@@ -114,5 +115,5 @@ class Ballast:
 
 def amount(n_bytes: int) -> str:
     """Bytes in decimal units with three digits, e.g. `4.21 MB`."""
-    unit, scale = next(((u, s) for u, s in _UNITS if n_bytes >= s), ("bytes", 1))
+    unit, scale = next(((u, s) for u, s in BYTE_UNITS.items() if n_bytes >= s), ("bytes", 1))
     return f"{n_bytes / scale:.3g} {unit}" if scale > 1 else f"{n_bytes} bytes"

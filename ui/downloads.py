@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -90,11 +91,7 @@ def add_downloads(app: FastAPI, home: Home) -> None:
         job = _job(home, uid)
         if job is None:
             return _missing()
-        try:
-            content = bundle(job)
-        except QuantdeckError as error:
-            return PlainTextResponse(error.message, status_code=404)
-        return Response(content, media_type="application/zip", headers=attachment(f"{job.job_id}.zip"))
+        return _made(lambda: bundle(job), "application/zip", f"{job.job_id}.zip")
 
     @app.get("/download/{uid}.{kind}")
     def numbers(uid: str, kind: str) -> Response:
@@ -102,11 +99,7 @@ def add_downloads(app: FastAPI, home: Home) -> None:
         job = _job(home, uid) if kind in TABLES else None
         if job is None:
             return _missing()
-        try:
-            text = RENDERERS[kind](comparison_rows([job]))
-        except QuantdeckError as error:
-            return PlainTextResponse(error.message, status_code=404)
-        return Response(text + "\n", media_type=TABLES[kind], headers=attachment(f"{job.job_id}.{kind}"))
+        return _made(lambda: RENDERERS[kind](comparison_rows([job])) + "\n", TABLES[kind], f"{job.job_id}.{kind}")
 
     @app.get("/download/{uid}/{target}.yaml")
     def for_another_program(uid: str, target: str) -> Response:
@@ -114,11 +107,7 @@ def add_downloads(app: FastAPI, home: Home) -> None:
         job = _job(home, uid) if target in OTHERS else None
         if job is None:
             return _missing()
-        try:
-            text = export_text(job.config_yaml, target)
-        except QuantdeckError as error:
-            return PlainTextResponse(error.message, status_code=404)
-        return Response(text, media_type="application/yaml", headers=attachment(f"{job.job_id}.{target}.yaml"))
+        return _made(lambda: export_text(job.config_yaml, target), "application/yaml", f"{job.job_id}.{target}.yaml")
 
     @app.get("/download/{uid}/{name}/{file:path}")
     def model_file(uid: str, name: str, file: str) -> Response:
@@ -141,6 +130,15 @@ def _job(home: Home, uid: str) -> Job | None:
         return JobStore(home).get(uid)
     except QuantdeckError:
         return None
+
+
+def _made(make: Callable[[], str | bytes], media_type: str, name: str) -> Response:
+    """What is made for this answer, as a file of that name; if it cannot be made, why."""
+    try:
+        content = make()
+    except QuantdeckError as error:
+        return PlainTextResponse(error.message, status_code=404)
+    return Response(content, media_type=media_type, headers=attachment(name))
 
 
 def _missing() -> Response:

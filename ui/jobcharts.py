@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 import plotly.graph_objects as go
 
+from backend.disk import BYTE_UNITS
 from backend.evaluate.combined import short_name
-from backend.evaluate.report import BYTE_UNITS
 from backend.jobs import control, curves
 from backend.jobs.results import measured, results_of
 from backend.jobs.store import Job

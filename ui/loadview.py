@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ui.layout import esc
+from ui.layout import esc, prose
 from ui.loadways import Way
 
 
@@ -15,7 +15,7 @@ def load_html(found: Sequence[Way], name: str = "") -> str:
 
 def _way(way: Way, key: str, *, is_open: bool) -> str:
     mark = "" if way.command else ' <span class="qd-muted qd-plain">cannot load it</span>'
-    remark = _with_code(way.remark)
+    remark = prose(way.remark)
     code = (
         f'<div class="qd-copied"><pre class="qd-log" tabindex="0">{esc(way.command)}</pre>'
         f"{copy_button('', f'Copy the command for {way.program}')}</div>"
@@ -26,12 +26,6 @@ def _way(way: Way, key: str, *, is_open: bool) -> str:
         f'<details data-key="{esc(key)}"{" open" if is_open else ""}><summary>{esc(way.program)}{mark}'
         f'</summary><section><p class="qd-muted qd-small">{remark}</p>{code}</section></details>'
     )
-
-
-def _with_code(text: str) -> str:
-    """HTML of a text whose commands stand in backquotes."""
-    parts = text.split("`")
-    return "".join(f"<code>{esc(part)}</code>" if i % 2 else esc(part) for i, part in enumerate(parts))
 
 
 def copy_button(text: str, told: str, label: str = "Copy") -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backend.evaluate.report import BYTE_UNITS
+from backend.disk import BYTE_UNITS
 
 Row = Mapping[str, Any]
 

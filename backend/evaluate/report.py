@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from backend.disk import BYTE_UNITS
 from backend.evaluate.metrics import Metric, ProtocolError, differences, protocol_id
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ TITLES = {
 }
 DISTANCES = ("KL divergence", "top-1 flips")
 """Numbers that compare the quantized model with its base model; the base model's own is 0 by definition."""
-BYTE_UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
-"""Bytes of each unit that a row's numbers may have, the largest first."""
 
 
 def size_metric(weight_bytes: int) -> Metric:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from backend.disk import BYTE_UNITS
 from backend.errors import QuantdeckError
-from backend.evaluate.report import BYTE_UNITS
 from backend.jobs.job import Job
 from backend.jobs.results import measured
 from backend.jobs.store import JobStore

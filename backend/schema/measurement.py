@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, field_validator
 
-from backend.schema.facts import LM_EVAL, OWN, unless, when
+from backend.schema.facts import LM_EVAL, OWN, When, unless, when
 from backend.schema.fields import setting
 from backend.schema.texts import DEMO
 
@@ -18,6 +18,7 @@ TASK_NAME = re.compile(r"^[A-Za-z0-9_\-]+$")
 AUTO = "auto"
 ON = when("ENABLED", True)
 ON_TEXT = (unless("PROTOCOLS", None), when("FIDELITY", True))
+NAMED_TEXT: list[When | tuple[When, ...]] = [ON, ON_TEXT, unless("DATASET_NAME", AUTO, DEMO)]
 
 
 class CalibrationSettings(BaseModel):
@@ -183,11 +184,7 @@ class EvaluationSettings(BaseModel):
         label="Subset",
         section="Evaluation",
         source=OWN,
-        visible_when=[
-            ON,
-            ON_TEXT,
-            unless("DATASET_NAME", AUTO, DEMO),
-        ],
+        visible_when=NAMED_TEXT,
         advanced=True,
         help="Subset of the perplexity dataset.",
     )
@@ -209,11 +206,7 @@ class EvaluationSettings(BaseModel):
         label="Text column",
         section="Evaluation",
         source=OWN,
-        visible_when=[
-            ON,
-            ON_TEXT,
-            unless("DATASET_NAME", AUTO, DEMO),
-        ],
+        visible_when=NAMED_TEXT,
         advanced=True,
         help="Column that holds the text.",
     )

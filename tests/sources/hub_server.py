@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = ("main", "v1.0", COMMIT)
@@ -188,3 +190,16 @@ def hub_server(
         ended.set()
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def hubs(patch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Starts Hubs, as `hub_server` does; each is the one that everything asks from then on, and what it was asked."""
+    with ExitStack() as stack:
+
+        def start(repos: dict[str, Path], **options: Any) -> Any:
+            endpoint, asked = stack.enter_context(hub_server(repos, **options))
+            patch.setenv("HF_ENDPOINT", endpoint)
+            return asked
+
+        yield start

@@ -15,7 +15,7 @@ from backend.errors import ConfigError, ModelError
 from backend.sources import hub, hub_cache, hub_token
 from backend.sources.hub_errors import HubUnreachable
 from backend.sources.models import model_facts
-from tests.sources.hub_server import COMMIT, hub_server
+from tests.sources.hub_server import COMMIT, hubs
 
 ABOUT = {
     "team/small": {
@@ -43,18 +43,8 @@ def apart(monkeypatch, tmp_path):
 @pytest.fixture
 def serve(monkeypatch):
     """Starts a Hub that everything asks from now on."""
-    with pytest.MonkeyPatch.context() as patch:
-        stack = []
-
-        def start(repos, **options):
-            stack.append(hub_server(repos, **options))
-            endpoint, asked = stack[-1].__enter__()
-            patch.setenv("HF_ENDPOINT", endpoint)
-            return asked
-
+    with pytest.MonkeyPatch.context() as patch, hubs(patch) as start:
         yield start
-        for server in stack:
-            server.__exit__(None, None, None)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import logging
 import subprocess
+from functools import partial
 
 import datasets
 import pytest
@@ -14,7 +15,7 @@ from backend.sources import hub_token
 from backend.sources import preview as preview_module
 from backend.sources.preview import NotDownloadedError, preview, preview_config
 from tests.conftest import demo_text
-from tests.sources.hub_server import hub_server
+from tests.sources.hub_server import hubs
 
 TOKEN = "example-of.a_token-1234567890"  # without the shape that every log knows
 ROWS = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(60)]
@@ -43,17 +44,8 @@ def serve(repos, monkeypatch, tmp_path):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    running = []
-
-    def start(**options):
-        running.append(hub_server({}, datasets=repos, **options))
-        endpoint, asked = running[-1].__enter__()
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        return asked
-
-    yield start
-    for one in running:
-        one.__exit__(None, None, None)
+    with hubs(monkeypatch) as start:
+        yield partial(start, {}, datasets=repos)
 
 
 def look(home: Home, name="team/lines", *, online=True, **changes):

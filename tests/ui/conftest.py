@@ -6,8 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from backend.jobs import launch
 from backend.paths import Home
 from tests.dashboard import dashboard, watched_page
+
+
+@pytest.fixture
+def no_scheduler(monkeypatch):
+    """For tests that look at jobs: nothing may start them."""
+    monkeypatch.setattr(launch, "ensure_scheduler", lambda home: False)
 
 
 @pytest.fixture(scope="module")

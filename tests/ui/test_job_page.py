@@ -12,13 +12,15 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
-from backend.jobs import control, launch
+from backend.jobs import control
 from backend.jobs.store import JobStore
 from backend.jobs.usage import USAGE_FILE, Sample, UsageFile
 from backend.schema import parse_yaml
 from ui.draft import TEMPLATE
 from ui.pages import job as job_page
 from ui.pages.job import IDLE_REFRESH_S, REFRESH_S
+
+pytestmark = pytest.mark.usefixtures("no_scheduler")
 
 NOBODY = SimpleNamespace(username=None)  # the request of a page that needs no login
 
@@ -42,12 +44,6 @@ PARTS = (
     "words",
     "live",
 )
-
-
-@pytest.fixture(autouse=True)
-def no_scheduler(monkeypatch):
-    """These tests look at a job; nothing may start it."""
-    monkeypatch.setattr(launch, "ensure_scheduler", lambda home: False)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from starlette.datastructures import URL, QueryParams
 
 from backend.errors import JobError
-from backend.jobs import deletion, labels, launch
+from backend.jobs import deletion, labels
 from backend.jobs.store import JobStore
 from backend.paths import Home
 from tests.jobs.stored import make, start
@@ -23,14 +23,9 @@ from ui.pages import job as job_page
 from ui.pages import jobs as jobs_page
 from ui.reading import Results
 
+pytestmark = pytest.mark.usefixtures("no_scheduler")
 NOBODY = SimpleNamespace(username=None)
 EVIL = '<img src=x onerror="alert(1)">"\'>'
-
-
-@pytest.fixture(autouse=True)
-def no_scheduler(monkeypatch):
-    """These tests look at jobs; nothing may start them."""
-    monkeypatch.setattr(launch, "ensure_scheduler", lambda home: False)
 
 
 @pytest.fixture(scope="module")

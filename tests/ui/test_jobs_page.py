@@ -26,15 +26,10 @@ from ui.pages import jobs as jobs_page
 from ui.pages.jobs import PATIENCE
 from ui.reading import Results
 
+pytestmark = pytest.mark.usefixtures("no_scheduler")
 NOBODY = SimpleNamespace(username=None)  # the request of a page that needs no login
 
 DRAWN = ("heading", "health", "filters", "table", "seen")
-
-
-@pytest.fixture(autouse=True)
-def no_scheduler(monkeypatch):
-    """These tests look at jobs; nothing may start them."""
-    monkeypatch.setattr(launch, "ensure_scheduler", lambda home: False)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from typing import Any
 
 import gradio as gr
 
+from backend.disk import BYTE_UNITS
 from backend.errors import JobError
 from backend.evaluate.published import CAPTION, TABLES, PublishedTable, origin, shown
-from backend.evaluate.report import BYTE_UNITS
 from backend.jobs.results import full_name, measured
 from backend.jobs.store import Job, JobStore
 from backend.paths import Home
